@@ -1,0 +1,209 @@
+"""The client credentials grant (RFC 6749 section 4.4): one generator that says what to do next on the way to a token.
+
+A driver performs its steps and judges nothing; a test drives it by hand. Every wait, every retry and every answer of
+the token endpoint is judged here.
+"""
+
+import contextlib
+import email.utils
+import json
+import logging
+import math
+import random
+import re
+import time
+from collections.abc import Callable, Generator
+from types import SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote, quote_plus, urlencode
+
+from .environment import Environment
+from .errors import TokenRequestError, TokenWaitError
+from .quota import LIMIT, Quota, Slot
+
+TRIES = 4
+BACKOFF = 0.5  # seconds at most before the second try, doubled before each further one
+
+HEADERS = {"Accept": "application/json", "Content-Type": "application/x-www-form-urlencoded"}
+
+T = TypeVar("T")
+logger = logging.getLogger(__package__)
+
+
+class Terms(NamedTuple):
+    """What an auth object asks for, in what times (seconds), and the errors of its door.
+
+    `library_error` is the base of all errors of the door's HTTP library, and so of the other two.
+    """
+
+    environment: Environment
+    client_id: str
+    client_secret: str
+    scope: str
+    leeway: float
+    timeout: float
+    max_wait: float
+    library_error: type[Exception]
+    token_request_error: type[TokenRequestError]
+    token_wait_error: type[TokenWaitError]
+
+    def __repr__(self) -> str:
+        return f"token endpoint {self.environment.token_endpoint} ({self.environment.name})"
+
+
+class Sleep(NamedTuple):
+    """Wait. Nothing is sent back."""
+
+    seconds: float
+
+
+class Acquire(NamedTuple):
+    """Hold the lock of the credentials until the last step; wait for it `seconds` at most. Sent back: a bool."""
+
+    seconds: float
+
+
+class TokenRequest(NamedTuple):
+    """POST `form()` with `HEADERS` to `url`, following no redirect; `timeout` is in seconds.
+
+    Sent back: the HTTP library's response, or the exception that it raised.
+    """
+
+    terms: Terms
+    timeout: float
+
+    @property
+    def url(self) -> str:
+        """The token endpoint."""
+        return self.terms.environment.token_endpoint
+
+    def form(self) -> str:
+        """Return the body, with the client secret in it."""
+        method = _oauth_client(self.terms).client_auth("client_secret_post")
+        fields = urlencode({"grant_type": "client_credentials", "scope": self.terms.scope})
+        return str(method.prepare("POST", self.url, {}, fields)[2])
+
+
+Steps = Generator[Sleep | Acquire | TokenRequest, Any, T]
+
+
+class Token:
+    """An access token, asked for at `asked_at` on the monotonic clock, with `lifetime` seconds to live from then."""
+
+    def __init__(self, access_token: str, lifetime: float, asked_at: float) -> None:
+        self.authorization = f"Bearer {access_token}"  # RFC 6750 section 2.1
+        self.expires_at = asked_at + lifetime
+        self.half_life = asked_at + lifetime / 2
+
+    def is_fresh(self, now: float, leeway: float) -> bool:
+        """Tell whether more than `leeway` seconds are left to live, or more than half of the lifetime."""
+        return now < self.half_life or now < self.expires_at - leeway
+
+
+def client_credentials_grant(
+    terms: Terms, quota: Quota, deadline: float, ahead: bool = False, clock: Callable[[], float] = time.monotonic
+) -> Steps[Token]:
+    """Yield the steps to a new token, and return it.
+
+    Connection errors, 429 and 5xx are tried again, `TRIES` in all, none after `deadline`. With `ahead` nothing is
+    waited for, since the caller has a token that still serves. Raises the errors of `terms`.
+    """
+    attempt = 0
+    while True:
+        attempt, slot = attempt + 1, Slot()
+        try:
+            while (wait := quota.wait(slot, clock())) > 0:
+                yield _sleep(wait, f"takes {LIMIT} requests a minute", terms, 0.0 if ahead else deadline - clock())
+            asked_at = clock()
+            answer = yield TokenRequest(terms, min(terms.timeout, max(0.001, deadline - asked_at)))
+        finally:
+            quota.release(slot, clock())
+        delay = _retry_delay(answer, terms, BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+        if delay is None or ahead or attempt == TRIES:
+            break
+        problem = type(answer).__name__ if isinstance(answer, Exception) else f"HTTP {answer.status_code}"
+        yield _sleep(delay, f"failed with {problem}", terms, deadline - clock(), logging.WARNING)
+    if isinstance(answer, Exception):
+        if isinstance(answer, terms.library_error):
+            reason = f"{type(answer).__name__}: {answer}".removesuffix(": ")
+            answer.args = (f"{terms} could not be reached. Check network, proxy and TLS settings. {reason}",)
+        raise answer
+    return _token(answer, terms, asked_at)
+
+
+def _sleep(seconds: float, reason: str, terms: Terms, patience: float, level: int = logging.DEBUG) -> Sleep:
+    message = f"{terms} {reason}: the next is due in {seconds:.1f} s"
+    if seconds > patience:
+        error = terms.token_wait_error(f"{message}, later than max_wait allows. Try again then.")
+        error.retry_after = seconds
+        raise error
+    logger.log(logging.WARNING if seconds > 1 else level, message)
+    return Sleep(seconds)
+
+
+def _retry_delay(answer: Any, terms: Terms, backoff: float) -> float | None:
+    """Return the seconds until the next try: `backoff`, or what Retry-After asks for (RFC 9110 section 10.2.3)."""
+    if isinstance(answer, Exception):
+        return backoff if isinstance(answer, terms.library_error) else None
+    if answer.status_code != 429 and answer.status_code < 500:
+        return None
+    value = answer.headers.get("Retry-After", "")
+    try:
+        date = None if value.isdecimal() else email.utils.parsedate_to_datetime(value)
+        return max(backoff, date.timestamp() - time.time() if date else float(value))
+    except (TypeError, ValueError, OverflowError):
+        return backoff
+
+
+def _token(response: Any, terms: Terms, asked_at: float) -> Token:
+    """Return the token in `response` (RFC 6749 section 5.1), or raise the error that stands in its place (5.2)."""
+    members: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, TypeError, RecursionError):  # no JSON, or JSON that is no object
+        members = {**json.loads(response.content)}
+    status, token, lifetime = response.status_code, members.get("access_token"), _lifetime(members.get("expires_in"))
+    error, description = (_printable(members.get(name), terms) for name in ("error", "error_description"))
+    if error:
+        reason = f"refused client {terms.client_id!r}: {f'{error}, {description}' if description else error}"
+    elif 300 <= status < 400:
+        reason = f"redirected to {_printable(response.headers.get('Location'), terms)}, which is not followed"
+    elif not 200 <= status < 300:
+        reason = "gave neither a token nor an OAuth error"
+    elif not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):  # RFC 6749 section A.12
+        reason = "gave no usable access_token"
+    elif str(members.get("token_type", "Bearer")).lower() != "bearer":
+        reason = "gave a token of another type than Bearer"
+    else:
+        # Authlib is shown only what was looked at: it takes odd answers for tokens, and odd numbers raise.
+        checked = {"access_token": token, "expires_in": None if lifetime == math.inf else int(lifetime)}
+        parsed = _oauth_client(terms).parse_response_token(SimpleNamespace(status_code=200, json=lambda: checked))
+        logger.debug("%s: a token for client %r, for %s s", terms, terms.client_id, lifetime)
+        return Token(parsed["access_token"], lifetime, asked_at)
+    advice = "Check client_id, client_secret and scope: are they of this environment?"
+    advice = advice if error else "Check token_endpoint; if it is right, try again later."
+    raised = terms.token_request_error(f"{terms} {reason} (HTTP {status}). {advice}")
+    vars(raised).update(error=error, error_description=description, status_code=status, environment=terms.environment)
+    raise raised
+
+
+def _oauth_client(terms: Terms) -> Any:
+    from authlib.oauth2.client import OAuth2Client  # loaded late: it takes long, and who has a token needs none
+
+    return OAuth2Client(None, terms.client_id, terms.client_secret)
+
+
+def _lifetime(expires_in: Any) -> float:
+    """Return seconds: infinite for no sensible number, so that the token serves until the API refuses it."""
+    try:
+        seconds = math.inf if isinstance(expires_in, bool) else float(expires_in)
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.inf
+    return seconds if seconds >= 1 else math.inf
+
+
+def _printable(text: object, terms: Terms) -> str | None:
+    """Return what a server wrote as an error may show it: on one line, not long, and without the secret."""
+    if not isinstance(text, str):
+        return None
+    for secret in (terms.client_secret, quote(terms.client_secret), quote_plus(terms.client_secret)):
+        text = text.replace(secret, "***")
+    return "".join(c if c.isprintable() else " " for c in text)[:200].strip() or None

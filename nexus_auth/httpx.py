@@ -1,0 +1,61 @@
+"""The door for httpx: `NexusAuth` signs a client, `nexus_client` and `nexus_async_client` make one for Nexus."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import httpx
+
+from . import errors
+from ._httpx_flow import ClientOptions, HTTPXAuth, open_client
+from .environment import Environment
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class TokenRequestError(errors.TokenRequestError, httpx.RequestError):
+    """`nexus_auth.TokenRequestError` as httpx knows it."""
+
+
+class TokenWaitError(errors.TokenWaitError, httpx.RequestError):
+    """`nexus_auth.TokenWaitError` as httpx knows it."""
+
+
+class NexusAuth(HTTPXAuth[httpx.Client | httpx.AsyncClient], httpx.Auth):
+    """Signs a client's requests to the Nexus API: `httpx.Client(auth=NexusAuth(client_id, client_secret, "test"))`.
+
+    The token is fetched when first needed, shared by all auth objects with the same credentials, renewed before it
+    expires and when the API refuses it (401), and sent to the environment's own origin only.
+
+    `environment` is "test", "production" or an `Environment`; `scope` one string, scopes separated by spaces (RFC 6749
+    section 3.3). In seconds: from `leeway` before expiry the token is renewed, never before half of its life is over;
+    `timeout` is for one token request, connect and read each; `max_wait` is the longest that one call is held up for
+    want of a token. `client` is lent for token requests: its proxies, TLS settings and mounts apply, nothing else.
+
+    Raises `TypeError` or `ValueError` for a wrong argument. Calls raise `TokenRequestError` or `TokenWaitError`, both
+    `httpx.RequestError` as well, or the connection error that httpx raised for the token request.
+    """
+
+    _library = httpx
+    _errors = (httpx.RequestError, TokenRequestError, TokenWaitError)
+
+
+def nexus_client(client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
+                 leeway: float = 60, max_wait: float = 75, iso8601: bool = False,
+                 **client_options: Unpack[ClientOptions]) -> httpx.Client:  # fmt: skip
+    """Return a client for the Nexus API: `client.get("/customer")`. Its settings hold for token requests too.
+
+    `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`; `client_options` are those of `httpx.Client`. The other
+    arguments and the errors are those of `NexusAuth`.
+    """
+    return open_client(httpx.Client, NexusAuth, client_id, client_secret, environment, iso8601, client_options,
+                       scope=scope, leeway=leeway, max_wait=max_wait)
+
+
+def nexus_async_client(client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
+                       leeway: float = 60, max_wait: float = 75, iso8601: bool = False,
+                       **client_options: Unpack[ClientOptions]) -> httpx.AsyncClient:  # fmt: skip
+    """Return an asynchronous client for the Nexus API, as `nexus_client` does."""
+    return open_client(httpx.AsyncClient, NexusAuth, client_id, client_secret, environment, iso8601, client_options,
+                       scope=scope, leeway=leeway, max_wait=max_wait)

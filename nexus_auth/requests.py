@@ -1,0 +1,142 @@
+"""The door for requests: `NexusAuth` signs a session, `nexus_session` makes one for Nexus."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import re
+from typing import Any
+
+import requests
+from requests.auth import AuthBase
+
+from . import errors
+from .auth import BaseAuth
+from .environment import Environment
+from .grant import HEADERS, Token, TokenRequest
+
+
+class TokenRequestError(errors.TokenRequestError, requests.RequestException):
+    """`nexus_auth.TokenRequestError` as requests knows it."""
+
+
+class TokenWaitError(errors.TokenWaitError, requests.RequestException):
+    """`nexus_auth.TokenWaitError` as requests knows it."""
+
+
+class NexusAuth(BaseAuth, AuthBase):
+    """Signs the requests of a session to the Nexus API: `session.auth = NexusAuth(client_id, client_secret, "test")`.
+
+    The token is fetched when first needed, shared by all auth objects with the same credentials, renewed before it
+    expires and when the API refuses it (401), and sent to the environment's own origin only.
+
+    `environment` is "test", "production" or an `Environment`; `scope` one string, scopes separated by spaces (RFC 6749
+    section 3.3). In seconds: from `leeway` before expiry the token is renewed, never earlier than half of its life;
+    `timeout` is for one token request, connect and read each; `max_wait` is the longest that one call is held up for
+    want of a token. `session` is lent for token requests: its proxies, TLS settings and mounts apply, nothing else.
+
+    Raises `TypeError` or `ValueError` for a wrong argument. Calls raise `TokenRequestError` or `TokenWaitError`, both
+    `requests.RequestException` as well, or the connection error that requests raised for the token request.
+    """
+
+    _errors = (requests.RequestException, TokenRequestError, TokenWaitError)
+
+    def __init__(self, client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
+                 leeway: float = 60, timeout: float = 10, max_wait: float = 75,
+                 session: requests.Session | None = None) -> None:  # fmt: skip
+        if not isinstance(session, (requests.Session, type(None))):
+            raise TypeError(f"session must be a requests.Session, not {type(session).__name__}")
+        super().__init__(client_id, client_secret, environment, scope, leeway, timeout, max_wait, session)
+        spelt = str(requests.Request("GET", self.environment.base_url).prepare().url)
+        self._origin = "/".join(spelt.split("/")[:3]) + "/"
+
+    def __call__(self, r: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Sign `r`, if it goes to the Nexus API (requests calls this)."""
+        if not isinstance(r, requests.PreparedRequest):
+            raise self._wrong_door(r)
+        if self._has(r.url):
+            token = self._fresh_token() or self._perform(self._credentials.obtain(self._terms), r)
+            r.headers["Authorization"] = token.authorization
+            r.register_hook("response", functools.partial(self._mend, token))
+        return r
+
+    def _mend(self, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
+        """Renew a `token` that the API refused, and send the request once more if its body can be sent again."""
+        if not self._is_refusal(response, token):
+            return response
+        request, _ = response.request, response.content  # once it is read, its connection is free
+        renewed = self._perform(self._credentials.renew(token, self._terms), request)
+        if renewed is None or not _rewound(request):
+            return response
+        replay = request.copy()
+        replay.headers["Authorization"] = renewed.authorization
+        answer: requests.Response = response.connection.send(replay, **kwargs)
+        answer.history.append(response)
+        self._credentials.judge(answer.status_code != 401)
+        return answer
+
+    def _has(self, url: Any) -> bool:
+        # Parsed is only what is spelt otherwise. Requests counts https as a better http, which here is another origin.
+        return url.startswith(self._origin) or (
+            url.partition(":")[0].lower() == self._origin.partition(":")[0]
+            and not requests.sessions.SessionRedirectMixin().should_strip_auth(self._origin, url)
+        )
+
+    def _send(self, request: TokenRequest) -> requests.Response:
+        # By the adapter, not the session: no header, cookie, hook or auth of a session gets in, and no redirect.
+        prepared = requests.Request("POST", request.url, headers=HEADERS, data=request.form()).prepare()
+        with contextlib.nullcontext(self._lent) if self._lent else requests.Session() as session:
+            settings = session.merge_environment_settings(request.url, {}, False, None, None)
+            response = session.get_adapter(request.url).send(prepared, timeout=request.timeout, **settings)
+            response.content  # noqa: B018  read before the session closes
+            return response
+
+
+class NexusSession(requests.Session):
+    """A `requests.Session` that takes paths relative to `base_url`, and keeps the token on redirects within it."""
+
+    __attrs__ = [*requests.Session.__attrs__, "base_url"]  # noqa: RUF012
+
+    def __init__(self, base_url: str) -> None:
+        super().__init__()
+        self.base_url = base_url
+
+    def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
+        """Prepare `request`, its URL joined to `base_url` unless it is absolute."""
+        url = request.url.decode() if isinstance(request.url, bytes) else request.url or ""
+        if not re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE):
+            request = copy.copy(request)
+            request.url = f"{self.base_url.rstrip('/')}/{url.lstrip('/')}"
+        return super().prepare_request(request)
+
+    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
+        """Keep the token on redirects within the API, where requests would prefer an entry of netrc to it."""
+        if self.should_strip_auth(self.base_url, str(prepared_request.url)):
+            super().rebuild_auth(prepared_request, response)
+
+
+def nexus_session(client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
+                  leeway: float = 60, timeout: float = 10, max_wait: float = 75,
+                  iso8601: bool = False) -> NexusSession:  # fmt: skip
+    """Return a session for the Nexus API: `session.get("/customer")`. Its settings hold for token requests too.
+
+    `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`. The other arguments and the errors are those of
+    `NexusAuth` (`timeout` is for token requests; requests takes that of an API call with each call).
+    """
+    session = NexusSession(Environment.of(environment).base_url)
+    session.auth = NexusAuth(client_id, client_secret, environment, scope=scope, leeway=leeway, timeout=timeout,
+                             max_wait=max_wait, session=session)  # fmt: skip
+    if iso8601:
+        session.headers["request_iso8601"] = "true"
+    return session
+
+
+def _rewound(request: requests.PreparedRequest) -> bool:
+    """Tell whether the body of `request` can be sent again whole, and set it back to where it started."""
+    try:
+        if request.body is not None and not isinstance(request.body, (bytes, str)):
+            requests.utils.rewind_body(request)
+    except (requests.exceptions.UnrewindableBodyError, ValueError):  # ValueError: closed meanwhile
+        return False
+    return True
