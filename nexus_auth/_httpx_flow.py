@@ -167,14 +167,14 @@ def open_client(kind: Callable[..., C], auth: Callable[..., Any], client_id: str
 
 def _bookmarks(stream: Any, library: Any) -> list[tuple[Any, int]] | None:
     """Return the files that `stream` reads and where they stand, None if it could not be sent again whole."""
-    kind = type(stream)
+    kind = stream.__class__
     if kind is library.ByteStream:
         return []
     if not hasattr(kind, "__iter__") or not kind.__module__.startswith(f"{library.__name__}."):
         return None
     # Neither library has a public way to the file of a stream: that of multipart has `fields`, some with a `file`,
     # that of `content=file` holds it as an attribute of some private name.
-    attributes: dict[str, Any] = vars(stream)
+    attributes: dict[str, Any] = stream.__dict__
     sources = [getattr(field, "file", b"") for field in attributes.get("fields", ())] or attributes.values()
     with contextlib.suppress(AttributeError, OSError, ValueError):
         return [(source, source.tell()) for source in sources if not isinstance(source, (bytes, str, bool))]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import httpx
+try:
+    import httpx
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(f"{__name__} needs httpx: pip install httpx") from missing
 
 from . import errors
 from ._httpx_flow import ClientOptions, HTTPXAuth, open_client

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import httpx2
+try:
+    import httpx2
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(f"{__name__} needs httpx2: pip install httpx2") from missing
 
 from . import errors
 from ._httpx_flow import ClientOptions, HTTPXAuth, open_client

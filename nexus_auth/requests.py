@@ -8,8 +8,11 @@ import functools
 import re
 from typing import Any
 
-import requests
-from requests.auth import AuthBase
+try:
+    import requests
+    from requests.auth import AuthBase
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(f"{__name__} needs requests: pip install requests") from missing
 
 from . import errors
 from .auth import BaseAuth
