@@ -42,8 +42,11 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         if not isinstance(client, (self._library.Client, self._library.AsyncClient, type(None))):
             raise TypeError(f"client must be a client of {self._library.__name__}, not {type(client).__name__}")
         super().__init__(client_id, client_secret, environment, scope, leeway, timeout, max_wait, client)
-        url = self._library.URL(self.environment.base_url)
-        self._origin = url.host, url.scheme, url.port
+        try:
+            url, _ = (self._library.URL(url) for url in (self.environment.base_url, self.environment.token_endpoint))
+        except self._library.InvalidURL as error:
+            raise ValueError(f"environment {self.environment}: {error}") from error
+        self._origin = _origin(url)
 
     def __call__(self, request: object) -> Any:
         """Raise `TypeError`: only another library calls an auth of this one."""
@@ -95,7 +98,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                 self._credentials.judge(response.status_code != 401)
 
     def _has(self, url: Any) -> bool:
-        return bool((url.host, url.scheme, url.port) == self._origin)
+        return bool((url.host, url.scheme, url.port) == self._origin) or _origin(url) == self._origin
 
     def _prepare(self, kind: Any, request: TokenRequest) -> tuple[Any, Any]:
         """Return a client for token requests, and the token request for it."""
@@ -163,6 +166,11 @@ def open_client(kind: Callable[..., C], auth: Callable[..., Any], client_id: str
         terms["timeout"] = client.timeout.read
     client.auth = auth(client_id, client_secret, environment, client=client, **terms)
     return client  # type: ignore[no-any-return]
+
+
+def _origin(url: Any) -> tuple[str, str, int | None]:
+    default = {"https": 443, "http": 80}.get(url.scheme)
+    return url.host.lower(), url.scheme, None if url.port == default else url.port
 
 
 def _bookmarks(stream: Any, library: Any) -> list[tuple[Any, int]] | None:

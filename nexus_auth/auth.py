@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 import os
 import pickle
 import time
@@ -14,6 +13,7 @@ from .errors import TokenRequestError, TokenWaitError
 from .grant import Sleep, Steps, T, Terms, Token, TokenRequest
 
 A = TypeVar("A", bound="BaseAuth")
+LONGEST = 10**9  # seconds; what locks and sockets take for a time ends not far above
 
 
 class BaseAuth:
@@ -33,7 +33,7 @@ class BaseAuth:
         for name, seconds in (("leeway", leeway), ("timeout", timeout), ("max_wait", max_wait)):
             if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
                 raise TypeError(f"{name} must be a number of seconds, not {type(seconds).__name__}")
-            if not 0 <= seconds < math.inf or (name == "timeout" and not seconds):
+            if not 0 <= seconds <= LONGEST or (name == "timeout" and not seconds):
                 raise ValueError(f"{name} must be a sensible number of seconds, not {seconds}")
         self.environment, self.client_id, self._lent = Environment.of(environment), client_id, lent
         times = leeway, timeout, max_wait

@@ -50,7 +50,7 @@ class Credentials:
         try:
             return self._newer(token, terms) or (yield from self._fetch(terms, now + terms.max_wait, ahead=True))
         except Exception as failure:
-            logger.warning("the token that is about to expire is used on, since it could not be renewed: %s", failure)
+            logger.warning("a token that is about to expire could not be renewed, and is used on: %s", str(failure))
             self._next_try, self._failure = self.clock() + AHEAD_PAUSE, None
             return token
 
@@ -62,7 +62,7 @@ class Credentials:
         if self._refused is not refused:
             self._refused = refused
             self._next_try, self._pause = self.clock() + self._pause, min(2 * self._pause or 1.0, MAX_PAUSE)
-            logger.info("%s: renewed the token of client %r after a 401", terms, terms.client_id)
+            logger.info("%s: renewed the token of client %r after a 401", str(terms), terms.client_id)
         return token
 
     def judge(self, accepted: bool) -> None:
@@ -109,7 +109,8 @@ def _as_error_of(terms: Terms, failure: Exception) -> Exception:
         kind = terms.token_wait_error if isinstance(failure, TokenWaitError) else terms.token_request_error
     error = kind.__new__(kind)
     error.args = failure.args
-    vars(error).update({**vars(terms.library_error("")), **vars(failure)})
+    members = {name: value for name, value in vars(failure).items() if "request" not in name}  # the caller's own comes
+    vars(error).update({**vars(terms.library_error("")), **members})
     return error
 
 

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
-from urllib.parse import urlsplit
 
 
-class _Fields(NamedTuple):
-    name: str
-    token_endpoint: str
-    base_url: str
-
-
-class Environment(_Fields):
+class Environment:
     """One installation of Nexus: its token endpoint, and the API that takes its tokens. Frozen.
 
     `TEST` and `PRODUCTION` are the two that Quantoz documents. Raises `TypeError` for a URL that is no string, and
     `ValueError` for one that is not https; plain http is taken for a loopback host only.
     """
 
-    __slots__ = ()
+    name: str
+    token_endpoint: str
+    base_url: str
 
-    def __new__(cls, name: str, *, token_endpoint: str, base_url: str) -> Environment:  # noqa: D102
-        _check_url("token_endpoint", token_endpoint, "@\\#")
-        _check_url("base_url", base_url, "@\\#?")
-        return super().__new__(cls, name, token_endpoint, base_url)
-
-    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:
-        return (self.name,), {"token_endpoint": self.token_endpoint, "base_url": self.base_url}
+    def __init__(self, name: str, *, token_endpoint: str, base_url: str) -> None:
+        _check_url("token_endpoint", token_endpoint)
+        _check_url("base_url", base_url)
+        vars(self).update(name=name, token_endpoint=token_endpoint, base_url=base_url)
 
     @staticmethod
     def of(value: Environment | str) -> Environment:
@@ -41,19 +32,29 @@ class Environment(_Fields):
         kind = ValueError if isinstance(value, str) else TypeError
         raise kind(f"unknown environment {value!r}: 'test' or 'production', or an Environment")
 
+    def __setattr__(self, name: str, value: object = None) -> None:
+        raise AttributeError(f"an Environment is frozen: {name} stays as it is")
 
-def _check_url(argument: str, url: str, forbidden: str) -> None:
+    __delattr__ = __setattr__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Environment) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.token_endpoint, self.base_url))
+
+    def __repr__(self) -> str:
+        return f"Environment({self.name!r}, token_endpoint={self.token_endpoint!r}, base_url={self.base_url!r})"
+
+
+def _check_url(argument: str, url: str) -> None:
     if not isinstance(url, str):
         raise TypeError(f"{argument} must be a str, not {type(url).__name__}")
-    try:
-        parts = urlsplit(url)
-        scheme, host, _ = parts.scheme, parts.hostname or "", parts.port
-    except ValueError:
-        scheme = host = ""
-    if scheme not in ("https", "http") or not host or not url.isprintable() or set(url) & {" ", *forbidden}:
+    parts = re.fullmatch(r"(?i:(https?)://(\[[0-9a-f:.]+\]|[^][\\/?#@:\s]+)(:[0-9]{1,5})?(/[^\\?#\s]*)?)", url)
+    if not parts or not url.isprintable() or int((parts[3] or ":0")[1:]) > 65535:
         raise ValueError(f"{argument} must be an https URL with nothing but a host, port and path")
-    if scheme == "http" and not re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host):
-        raise ValueError(f"{argument} must be https: plain http is for loopback only, and secrets go to {url}")
+    if parts[1].lower() == "http" and not re.fullmatch(r"(?i:localhost)|127(\.[0-9]{1,3}){3}|\[::1\]", parts[2]):
+        raise ValueError(f"{argument} must be https, since secrets go there: plain http is for loopback only")
 
 
 TEST = Environment(

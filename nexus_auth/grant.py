@@ -13,9 +13,10 @@ import random
 import re
 import time
 from collections.abc import Callable, Generator
+from html import unescape
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import quote, quote_plus, urlencode
+from urllib.parse import unquote, unquote_plus, urlencode
 
 from .environment import Environment
 from .errors import TokenRequestError, TokenWaitError
@@ -125,7 +126,7 @@ def client_credentials_grant(
         yield _sleep(delay, f"failed with {problem}", terms, deadline - clock(), logging.WARNING)
     if isinstance(answer, Exception):
         if isinstance(answer, terms.library_error):
-            reason = f"{type(answer).__name__}: {answer}".removesuffix(": ")
+            reason = _printable(f"{type(answer).__name__}: {answer}".removesuffix(": "), terms)
             answer.args = (f"{terms} could not be reached. Check network, proxy and TLS settings. {reason}",)
         raise answer
     return _token(answer, terms, asked_at)
@@ -148,9 +149,9 @@ def _retry_delay(answer: Any, terms: Terms, backoff: float) -> float | None:
     if answer.status_code != 429 and answer.status_code < 500:
         return None
     value = answer.headers.get("Retry-After", "")
+    date: Any = email.utils.parsedate_tz(value)  # in all three formats
     try:
-        date = None if value.isdecimal() else email.utils.parsedate_to_datetime(value)
-        return max(backoff, date.timestamp() - time.time() if date else float(value))
+        return max(backoff, float(value) if value.isdecimal() else email.utils.mktime_tz(date) - time.time())
     except (TypeError, ValueError, OverflowError):
         return backoff
 
@@ -165,7 +166,8 @@ def _token(response: Any, terms: Terms, asked_at: float) -> Token:
     if error:
         reason = f"refused client {terms.client_id!r}: {f'{error}, {description}' if description else error}"
     elif 300 <= status < 400:
-        reason = f"redirected to {_printable(response.headers.get('Location'), terms)}, which is not followed"
+        target = re.split("[?#]", response.headers.get("Location", ""))[0]
+        reason = f"redirected to {_printable(target, terms)}, which is not followed"
     elif not 200 <= status < 300:
         reason = "gave neither a token nor an OAuth error"
     elif not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):  # RFC 6749 section A.12
@@ -176,7 +178,7 @@ def _token(response: Any, terms: Terms, asked_at: float) -> Token:
         # Authlib is shown only what was looked at: it takes odd answers for tokens, and odd numbers raise.
         checked = {"access_token": token, "expires_in": None if lifetime == math.inf else int(lifetime)}
         parsed = _oauth_client(terms).parse_response_token(SimpleNamespace(status_code=200, json=lambda: checked))
-        logger.debug("%s: a token for client %r, for %s s", terms, terms.client_id, lifetime)
+        logger.debug("%s: a token for client %r, for %s s", str(terms), terms.client_id, lifetime)
         return Token(parsed["access_token"], lifetime, asked_at)
     advice = "Check client_id, client_secret and scope: are they of this environment?"
     advice = advice if error else "Check token_endpoint; if it is right, try again later."
@@ -201,9 +203,11 @@ def _lifetime(expires_in: Any) -> float:
 
 
 def _printable(text: object, terms: Terms) -> str | None:
-    """Return what a server wrote as an error may show it: on one line, not long, and without the secret."""
-    if not isinstance(text, str):
+    """Return what came from elsewhere as an error may show it: on one line, not long, and without the secret."""
+    if not isinstance(text, str) or not text:
         return None
-    for secret in (terms.client_secret, quote(terms.client_secret), quote_plus(terms.client_secret)):
-        text = text.replace(secret, "***")
-    return "".join(c if c.isprintable() else " " for c in text)[:200].strip() or None
+    spellings = text, unquote(text), unquote_plus(text), unescape(text)
+    secrets = terms.client_secret, json.dumps(terms.client_secret)[1:-1]
+    if any(secret in spelling for secret in secrets for spelling in spellings):
+        return "(withheld: the secret is in it)"
+    return "".join(c if c.isprintable() else " " for c in text)[:300]

@@ -61,7 +61,7 @@ class NexusAuth(BaseAuth, AuthBase):
         if self._has(r.url):
             token = self._fresh_token() or self._perform(self._credentials.obtain(self._terms), r)
             r.headers["Authorization"] = token.authorization
-            r.register_hook("response", functools.partial(self._mend, token))
+            r.hooks["response"].append(functools.partial(self._mend, token))
         return r
 
     def _mend(self, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
@@ -115,8 +115,11 @@ class NexusSession(requests.Session):
 
     def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
         """Keep the token on redirects within the API, where requests would prefer an entry of netrc to it."""
-        if self.should_strip_auth(self.base_url, str(prepared_request.url)):
+        url = str(prepared_request.url)
+        if self.should_strip_auth(self.base_url, url):
             super().rebuild_auth(prepared_request, response)
+        elif self.should_strip_auth(str(response.request.url), url):
+            prepared_request.headers.pop("Authorization", None)  # that of a stranger
 
 
 def nexus_session(client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
