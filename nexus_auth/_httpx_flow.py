@@ -1,4 +1,4 @@
-"""The flow that httpx and httpx2 share: one generator of requests and steps, and the two drivers that perform it.
+"""The flow that httpx and httpx2 share: one generator of requests and steps, and the two drivers of it.
 
 Token requests do not go through httpx's own auth flow: there they would have no timeout, follow redirects with the
 secret in their body, show in `response.history` and event hooks, and their errors would never reach the flow.
@@ -7,18 +7,13 @@ secret in their body, show in `response.history` and event hooks, and their erro
 import contextlib
 import copy
 import ssl
-import weakref
+import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from typing import Any, Generic, TypedDict, TypeVar
 
-import anyio
-from anyio.lowlevel import RunVar
-from anyio.to_thread import run_sync
-
 from .auth import BaseAuth
-from .credentials import Credentials
 from .environment import Environment
-from .grant import HEADERS, Sleep, Steps, T, TokenRequest
+from .grant import HEADERS, TokenRequest
 
 C = TypeVar("C")
 Headers = Mapping[str, str] | Sequence[tuple[str, str]]
@@ -28,7 +23,6 @@ ClientOptions = TypedDict("ClientOptions", {  # what both libraries take; Any is
     "follow_redirects": bool, "limits": Any, "max_redirects": int, "transport": Any,
     "event_hooks": Mapping[str, list[Callable[..., Any]]], "default_encoding": str | Callable[[bytes], str],
 }, total=False)  # fmt: skip
-_locks: RunVar[weakref.WeakKeyDictionary[Credentials, anyio.Lock]] = RunVar("_locks")
 
 
 class HTTPXAuth(BaseAuth, Generic[C]):
@@ -55,50 +49,59 @@ class HTTPXAuth(BaseAuth, Generic[C]):
     def sync_auth_flow(self, request: Any) -> Generator[Any, Any, None]:
         """Sign `request`, blocking while a token is waited for (httpx calls this)."""
         flow = self._flow(request)
-        step = next(flow)
-        with contextlib.suppress(StopIteration):
-            while True:
-                if isinstance(step, self._library.Request):
-                    answer = yield step
-                    if answer.status_code == 401:
-                        answer.read()  # its connection is free for what follows
-                else:
-                    answer = self._perform(step, request)
+        answer: Any = None
+        while True:
+            try:
                 step = flow.send(answer)
+            except StopIteration:
+                return
+            if isinstance(step, self._library.Request):
+                answer = yield step
+                if answer.status_code == 401:
+                    answer.read()  # its connection is free for what follows
+            else:
+                answer = self._perform(step, request)
 
     async def async_auth_flow(self, request: Any) -> AsyncGenerator[Any, Any]:
         """Sign `request`, never blocking the event loop (httpx calls this)."""
         flow = self._flow(request)
-        step = next(flow)
-        with contextlib.suppress(StopIteration):
-            while True:
-                if isinstance(step, self._library.Request):
-                    answer = yield step
-                    if answer.status_code == 401:
-                        await answer.aread()
-                else:
-                    answer = await self._perform_async(step, request)
+        answer: Any = None
+        while True:
+            try:
                 step = flow.send(answer)
+            except StopIteration:
+                return
+            if isinstance(step, self._library.Request):
+                answer = yield step
+                if answer.status_code == 401:
+                    await answer.aread()
+            else:
+                from .event_loop import perform  # and with it anyio, which is slow to load
+
+                answer = await perform(self._credentials, step, self._send_async, self._errors[0], request)
 
     def _flow(self, request: Any) -> Generator[Any, Any, None]:
         """Yield requests to be sent and steps to be performed; be sent what comes of each."""
-        if not self._has(request.url):
+        url = request.url
+        if (url.host, url.scheme, url.port) != self._origin and not self._has(url):
             yield request
             return
         marks = _bookmarks(request.stream, self._library)
-        token = self._fresh_token() or (yield self._credentials.obtain(self._terms))
+        token = self._credentials.token
+        if token is None or not token.is_fresh(time.monotonic(), self._terms.leeway):
+            token = yield self._credentials.obtain(self._terms)
         request.headers["Authorization"] = token.authorization
         response = yield request
-        if self._is_refusal(response, token):
+        if response.status_code == 401 and self._is_refusal(response, token):
             refused = response.request  # after redirects within the API, the last one
             token = yield self._credentials.renew(token, self._terms)
             if token and (isinstance(refused.stream, self._library.ByteStream) or _rewound(marks)):
                 refused.headers["Authorization"] = token.authorization
                 response = yield refused
-                self._credentials.judge(response.status_code != 401)
+                self._credentials.judge(response.status_code != 401, self._terms)
 
     def _has(self, url: Any) -> bool:
-        return bool((url.host, url.scheme, url.port) == self._origin) or _origin(url) == self._origin
+        return _origin(url) == self._origin
 
     def _prepare(self, kind: Any, request: TokenRequest) -> tuple[Any, Any]:
         """Return a client for token requests, and the token request for it."""
@@ -122,38 +125,12 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             return client.send(prepared, auth=None, follow_redirects=False)
 
     async def _send_async(self, request: TokenRequest) -> Any:
+        import anyio.to_thread
+
         # Prepared in a thread: the first time it takes Authlib, and a new client a whole trust store.
-        client, prepared = await run_sync(self._prepare, self._library.AsyncClient, request)
+        client, prepared = await anyio.to_thread.run_sync(self._prepare, self._library.AsyncClient, request)
         async with contextlib.nullcontext() if self._lent else client:
             return await client.send(prepared, auth=None, follow_redirects=False)
-
-    async def _perform_async(self, steps: Steps[T], request: Any) -> T:
-        """Perform `steps` as `_perform` does, in the running event loop, whose tasks share one lock."""
-        locks = _locks.get(None) or weakref.WeakKeyDictionary()
-        _locks.set(locks)
-        lock = locks.setdefault(self._credentials, anyio.Lock())
-        answer: Any = None
-        with contextlib.closing(steps), contextlib.ExitStack() as held:
-            while True:
-                try:
-                    step = steps.send(answer)
-                except StopIteration as done:
-                    return done.value  # type: ignore[no-any-return]
-                except self._errors[0] as error:
-                    error.request = request  # type: ignore[attr-defined]
-                    raise
-                answer = None
-                if isinstance(step, TokenRequest):
-                    try:
-                        answer = await self._send_async(step)
-                    except Exception as failure:
-                        answer = failure
-                elif isinstance(step, Sleep):
-                    await anyio.sleep(step.seconds)
-                elif step.seconds or not lock.locked():
-                    with anyio.move_on_after(step.seconds or None):
-                        await lock.acquire()
-                        answer = held.callback(lock.release)
 
 
 def open_client(kind: Callable[..., C], auth: Callable[..., Any], client_id: str, client_secret: str,

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import os
-import pickle
 import time
 from typing import Any, ClassVar, TypeVar
 
@@ -61,6 +60,8 @@ class BaseAuth:
         return f"<{type(self).__name__} client_id={self.client_id!r} environment={self.environment.name!r}>"
 
     def __getstate__(self) -> dict[str, Any]:
+        import pickle  # loaded by now, since this is what it calls, or copy
+
         state = {**vars(self), "_credentials": None}
         try:
             if lent := copy.copy(self._lent):

@@ -13,7 +13,7 @@ import time
 import weakref
 
 from .errors import TokenRequestError, TokenWaitError
-from .grant import Acquire, Steps, Terms, Token, client_credentials_grant
+from .grant import IMPORTING, Acquire, Steps, Terms, Token, client_credentials_grant
 from .quota import Quota
 
 # Seconds without another try, after an error response, after any other failure, and while an old token still serves.
@@ -38,21 +38,21 @@ class Credentials:
         self.token: Token | None = None
         self._failure: Exception | None = None
         self._refused: Token | None = None
-        self._next_try = self._pause = 0.0
+        self._next_try = self._ahead_after = self._pause = self._patience = 0.0
 
     def obtain(self, terms: Terms) -> Steps[Token]:
         """Yield the steps to a token that serves, and return it."""
         token, now = self.token, self.clock()
         if token is None or now >= token.expires_at:
             return (yield from self._replace(token, terms))
-        if token.is_fresh(now, terms.leeway) or now < self._next_try or not (yield Acquire(0)):
+        if token.is_fresh(now, terms.leeway) or now < self._ahead_after or not (yield Acquire(0)):
             return token
         try:
             return self._newer(token, terms) or (yield from self._fetch(terms, now + terms.max_wait, ahead=True))
         except Exception as failure:
             logger.warning("a token that is about to expire could not be renewed, and is used on: %s", str(failure))
-            self._next_try, self._failure = self.clock() + AHEAD_PAUSE, None
-            return token
+            self._ahead_after = self.clock() + AHEAD_PAUSE
+        return token if self.clock() < token.expires_at else (yield from self._fetch(terms, now + terms.max_wait))
 
     def renew(self, refused: Token, terms: Terms) -> Steps[Token | None]:
         """Yield the steps after a 401 to `refused`, and return another token; None while renewing does not help."""
@@ -65,10 +65,13 @@ class Credentials:
             logger.info("%s: renewed the token of client %r after a 401", str(terms), terms.client_id)
         return token
 
-    def judge(self, accepted: bool) -> None:
+    def judge(self, accepted: bool, terms: Terms) -> None:
         """Learn whether the API accepted what `renew` returned."""
         self._pause *= not accepted
         self._next_try = self.clock() + self._pause
+        if not accepted:
+            what = "%s gave client %r a token that the API refuses too (401). Check base_url and what the client may do."
+            logger.warning(what, str(terms), terms.client_id)
 
     def _replace(self, old: Token | None, terms: Terms) -> Steps[Token]:
         """Yield the steps to another token than `old`: one that another caller fetched meanwhile, or a new one."""
@@ -84,8 +87,8 @@ class Credentials:
         if self.token and self.token is not old:
             return self.token
         failure = self._failure if self.clock() < self._next_try else None
-        # What took too long for one caller need not for another.
-        if failure and (not isinstance(failure, TokenWaitError) or failure.retry_after > terms.max_wait):
+        # What took too long for one caller need not for another with more patience.
+        if failure and (not isinstance(failure, TokenWaitError) or terms.max_wait <= self._patience):
             raise _as_error_of(terms, failure)
         return None
 
@@ -96,7 +99,7 @@ class Credentials:
             if not ahead:
                 refused = isinstance(failure, TokenRequestError) and failure.error
                 self._next_try = self.clock() + (REFUSAL_MEMORY if refused else FAILURE_MEMORY)
-                self._failure = _as_error_of(terms, failure)
+                self._failure, self._patience = _as_error_of(terms, failure), terms.max_wait
             raise
         self._failure = None
         return self.token
@@ -116,7 +119,7 @@ def _as_error_of(terms: Terms, failure: Exception) -> Exception:
 
 _lock = threading.Lock()
 _live: weakref.WeakValueDictionary[tuple[str, ...], Credentials] = weakref.WeakValueDictionary()
-_quotas: weakref.WeakValueDictionary[str, Quota] = weakref.WeakValueDictionary()
+_quotas: dict[str, Quota] = {}  # of each token endpoint, to which requests count whoever made them
 
 
 @functools.lru_cache(maxsize=KNOWN)
@@ -130,16 +133,19 @@ def forget_tokens() -> None:
     """Forget every token, remembered failure and quota count of this process. For tests."""
     for credentials in list(_live.values()):
         credentials.forget()
-        credentials.quota.slots = []
+    for quota in list(_quotas.values()):
+        quota.slots = []
 
 
 def _replace_locks() -> None:
     """Free a forked child of the locks that other threads of its parent held."""
     global _lock  # noqa: PLW0603
     _lock = threading.Lock()
-    for credentials in list(_live.values()):
-        credentials.lock, credentials.quota.lock = threading.Lock(), threading.Lock()
+    locked: list[Credentials | Quota] = [*_live.values(), *_quotas.values()]
+    for each in locked:
+        each.lock = threading.Lock()
+    IMPORTING.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_replace_locks)
+    os.register_at_fork(before=IMPORTING.acquire, after_in_parent=IMPORTING.release, after_in_child=_replace_locks)

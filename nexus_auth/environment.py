@@ -50,10 +50,10 @@ class Environment:
 def _check_url(argument: str, url: str) -> None:
     if not isinstance(url, str):
         raise TypeError(f"{argument} must be a str, not {type(url).__name__}")
-    parts = re.fullmatch(r"(?i:(https?)://(\[[0-9a-f:.]+\]|[^][\\/?#@:\s]+)(:[0-9]{1,5})?(/[^\\?#\s]*)?)", url)
+    parts = re.fullmatch(r"(?ai:(https?)://(\[[0-9a-f:.]+\]|[^][\\/?#@:\s]+)(:[0-9]{1,5})?(/[^\\?#\s]*)?)", url)
     if not parts or not url.isprintable() or int((parts[3] or ":0")[1:]) > 65535:
         raise ValueError(f"{argument} must be an https URL with nothing but a host, port and path")
-    if parts[1].lower() == "http" and not re.fullmatch(r"(?i:localhost)|127(\.[0-9]{1,3}){3}|\[::1\]", parts[2]):
+    if parts[1].lower() == "http" and not re.fullmatch(r"(?ai:localhost)|127(\.[0-9]{1,3}){3}|\[::1\]", parts[2]):
         raise ValueError(f"{argument} must be https, since secrets go there: plain http is for loopback only")
 
 

@@ -11,9 +11,9 @@ import logging
 import math
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Generator
-from html import unescape
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote, unquote_plus, urlencode
@@ -28,6 +28,7 @@ BACKOFF = 0.5  # seconds at most before the second try, doubled before each furt
 HEADERS = {"Accept": "application/json", "Content-Type": "application/x-www-form-urlencoded"}
 
 T = TypeVar("T")
+IMPORTING = threading.Lock()  # not to be forked within: a child waits for ever for what another thread was importing
 logger = logging.getLogger(__package__)
 
 
@@ -126,7 +127,10 @@ def client_credentials_grant(
         yield _sleep(delay, f"failed with {problem}", terms, deadline - clock(), logging.WARNING)
     if isinstance(answer, Exception):
         if isinstance(answer, terms.library_error):
-            reason = _printable(f"{type(answer).__name__}: {answer}".removesuffix(": "), terms)
+            cause: BaseException = answer
+            while not str(cause) and cause.__context__:  # some errors say nothing, but what they came of does
+                cause = cause.__cause__ or cause.__context__
+            reason = _printable(f"{type(answer).__name__}: {cause}", terms)
             answer.args = (f"{terms} could not be reached. Check network, proxy and TLS settings. {reason}",)
         raise answer
     return _token(answer, terms, asked_at)
@@ -188,7 +192,8 @@ def _token(response: Any, terms: Terms, asked_at: float) -> Token:
 
 
 def _oauth_client(terms: Terms) -> Any:
-    from authlib.oauth2.client import OAuth2Client  # loaded late: it takes long, and who has a token needs none
+    with IMPORTING:
+        from authlib.oauth2.client import OAuth2Client  # loaded late: it takes long, and who has a token needs none
 
     return OAuth2Client(None, terms.client_id, terms.client_secret)
 
@@ -206,8 +211,10 @@ def _printable(text: object, terms: Terms) -> str | None:
     """Return what came from elsewhere as an error may show it: on one line, not long, and without the secret."""
     if not isinstance(text, str) or not text:
         return None
+    from html import unescape  # only errors need it
+
     spellings = text, unquote(text), unquote_plus(text), unescape(text)
     secrets = terms.client_secret, json.dumps(terms.client_secret)[1:-1]
     if any(secret in spelling for secret in secrets for spelling in spellings):
         return "(withheld: the secret is in it)"
-    return "".join(c if c.isprintable() else " " for c in text)[:300]
+    return "".join(c if c.isprintable() else " " for c in text)[:400]

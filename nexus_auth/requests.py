@@ -76,7 +76,7 @@ class NexusAuth(BaseAuth, AuthBase):
         replay.headers["Authorization"] = renewed.authorization
         answer: requests.Response = response.connection.send(replay, **kwargs)
         answer.history.append(response)
-        self._credentials.judge(answer.status_code != 401)
+        self._credentials.judge(answer.status_code != 401, self._terms)
         return answer
 
     def _has(self, url: Any) -> bool:

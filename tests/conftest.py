@@ -206,7 +206,8 @@ def drivers() -> Iterator[Driver]:
             continue
         yield HTTPX(library)
         yield AsyncHTTPX(library, "asyncio")
-        yield AsyncHTTPX(library, "trio")
+        if name == "httpx":
+            yield AsyncHTTPX(library, "trio")  # the doors share all that knows of event loops
 
 
 DRIVERS = list(drivers())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import AsyncHTTPX, Driver, Requests, nowhere
 
-from nexus_auth import NexusAuthError, TokenRequestError, TokenWaitError, forget_tokens
+from nexus_auth import NexusAuthError, TokenRequestError, TokenWaitError, forget_tokens, grant
 from nexus_auth.testing import NexusSandbox
 
 
@@ -365,7 +365,8 @@ def test_an_answer_that_is_no_token(driver: Driver, sandbox: NexusSandbox, signe
     assert sandbox.requests == []
 
 
-def test_a_refused_connection_is_the_librarys_own_error(driver: Driver) -> None:
+def test_a_refused_connection_is_the_librarys_own_error(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grant, "BACKOFF", 0.01)
     environment = nowhere()
     client = driver.client(driver.door.NexusAuth("id", "s3cret", environment, max_wait=10))
     kind = driver.library.ConnectionError if isinstance(driver, Requests) else driver.library.ConnectError
