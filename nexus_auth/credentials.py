@@ -70,7 +70,7 @@ class Credentials:
         self._pause *= not accepted
         self._next_try = self.clock() + self._pause
         if not accepted:
-            what = "%s gave client %r a token that the API refuses too (401). Check base_url and what the client may do."
+            what = "%s gave client %r a token that the API refuses too (401). Check base_url and its permissions."
             logger.warning(what, str(terms), terms.client_id)
 
     def _replace(self, old: Token | None, terms: Terms) -> Steps[Token]:

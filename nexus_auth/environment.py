@@ -17,6 +17,8 @@ class Environment:
     base_url: str
 
     def __init__(self, name: str, *, token_endpoint: str, base_url: str) -> None:
+        if not isinstance(name, str) or not name.isprintable():
+            raise TypeError("name of an Environment must be a str of printable characters")
         _check_url("token_endpoint", token_endpoint)
         _check_url("base_url", base_url)
         vars(self).update(name=name, token_endpoint=token_endpoint, base_url=base_url)

@@ -61,7 +61,7 @@ class NexusAuth(BaseAuth, AuthBase):
         if self._has(r.url):
             token = self._fresh_token() or self._perform(self._credentials.obtain(self._terms), r)
             r.headers["Authorization"] = token.authorization
-            r.hooks["response"].append(functools.partial(self._mend, token))
+            r.hooks["response"].append(_Hook(self._mend, token))
         return r
 
     def _mend(self, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
@@ -94,6 +94,17 @@ class NexusAuth(BaseAuth, AuthBase):
             response = session.get_adapter(request.url).send(prepared, timeout=request.timeout, **settings)
             response.content  # noqa: B018  read before the session closes
             return response
+
+
+class _Hook(functools.partial[requests.Response]):
+    """A response hook that stays behind when its request is pickled, with a response or an error: it has the secret."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (_pass_on,)
+
+
+def _pass_on(response: requests.Response, **_: Any) -> requests.Response:
+    return response
 
 
 class NexusSession(requests.Session):

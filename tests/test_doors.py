@@ -51,4 +51,4 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     import nexus_auth
 
     with pytest.raises(AttributeError, match="'nexus_auth' has no attribute 'nexus_client'"):
-        nexus_auth.nexus_client  # type: ignore[attr-defined]  # noqa: B018
+        nexus_auth.nexus_client  # noqa: B018

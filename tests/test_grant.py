@@ -265,11 +265,14 @@ def test_the_token_is_as_old_as_the_try_that_got_it() -> None:
     assert grant.run().expires_at == 1000 + 0.25 + grant.sleeps[0] + 3600
 
 
-def test_the_back_off_has_jitter() -> None:
-    grants = [Grant(fault(503), GOOD) for _ in range(20)]
+def test_the_back_off_doubles_and_has_jitter() -> None:
+    grants = [Grant(*[fault(503)] * 3, GOOD) for _ in range(50)]
     for grant in grants:
         grant.run()
-    assert len({grant.sleeps[0] for grant in grants}) > 10
+    for number, least in enumerate((0.25, 0.5, 1)):
+        sleeps = {grant.sleeps[number] for grant in grants}
+        assert len(sleeps) > 40
+        assert least <= min(sleeps) < 1.5 * least < max(sleeps) <= 2 * least
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])

@@ -455,9 +455,9 @@ def _adapter(world: World) -> Any:
 
     class Adapter(requests.adapters.HTTPAdapter):
         def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
-            target: Any = self.build_connection_pool_key_attributes(request, True)[0]  # whom it would connect to
-            scheme, host, port = target["scheme"], target["host"], target["port"]
-            origin = scheme, host.strip("[]"), port or {"http": 80, "https": 443}[scheme]
+            connect = getattr(self, "get_connection_with_tls_context", None)  # since requests 2.32
+            pool: Any = connect(request, True) if connect else self.get_connection(str(request.url))
+            origin = pool.scheme, pool.host.strip("[]"), pool.port or {"http": 80, "https": 443}[pool.scheme]
             status, headers, body = world.answer(origin, request)
             raw = urllib3.HTTPResponse(io.BytesIO(body), headers, status, preload_content=False)
             return self.build_response(request, raw)

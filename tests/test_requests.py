@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import ssl
 import threading
 import warnings
@@ -359,3 +360,13 @@ def test_verify_false_is_its_owners_choice(secured: NexusSandbox) -> None:
         warnings.simplefilter("ignore")  # urllib3 has something to say of it, rightly
         session.verify = False
         assert session.get("/customer").status_code == 200
+
+
+def test_a_pickled_response_takes_no_secret_along(sandbox: NexusSandbox) -> None:
+    session = nexus_session(sandbox.client_id, sandbox.client_secret, sandbox.environment)
+    response = session.get("/customer")
+    pickled = pickle.dumps(response)
+    assert sandbox.client_secret.encode() not in pickled
+    again = pickle.loads(pickled)
+    assert again.json() == response.json()
+    assert requests.Session().send(again.request).status_code == 200  # its hook passes on what comes

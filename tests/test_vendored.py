@@ -35,7 +35,8 @@ with NexusSandbox() as nexus:
     assert pickle.loads(pickle.dumps(session)).get("/customer").status_code == 200
     assert len(nexus.token_requests) == 2
     # The installed package has a state of its own.
-    own = nexus_auth.Environment("own", token_endpoint=nexus.environment.token_endpoint, base_url=nexus.environment.base_url)
+    urls = {"token_endpoint": nexus.environment.token_endpoint, "base_url": nexus.environment.base_url}
+    own = nexus_auth.Environment("own", **urls)
     assert nexus_auth.nexus_session(nexus.client_id, nexus.client_secret, own).get("/customer").status_code == 200
     assert len(nexus.token_requests) == 3
     try:

@@ -35,7 +35,9 @@ async def with_httpx() -> None:
     auth = nexus_auth.httpx.NexusAuth("id", "secret", "test", client=httpx.Client())
     name: str = auth.environment.name + auth.client_id
     with httpx.Client(auth=auth) as client:
-        client.get(f"https://testapi.quantoz.com/{name}", auth=auth)
+        client.get(  # noqa: ASYNC212
+            f"https://testapi.quantoz.com/{name}", auth=auth
+        )
     with nexus_auth.httpx.nexus_client(
         "id", "secret", "test", verify=ssl.create_default_context(), timeout=5, headers={"api_version": "1.2"}
     ) as client:
