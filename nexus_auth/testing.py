@@ -59,16 +59,9 @@ class NexusSandbox:
 
     environment: Environment
 
-    def __init__(
-        self,
-        *,
-        client_id: str = "sandbox-client",
-        client_secret: str | None = None,
-        expires_in: Any = 3600,
-        scopes: tuple[str, ...] = ("api1", "sanctionlist"),
-        limit: int = 60,
-        ssl_context: ssl.SSLContext | None = None,
-    ) -> None:
+    def __init__(self, *, client_id: str = "sandbox-client", client_secret: str | None = None, expires_in: Any = 3600,
+                 scopes: tuple[str, ...] = ("api1", "sanctionlist"), limit: int = 60,
+                 ssl_context: ssl.SSLContext | None = None) -> None:  # fmt: skip
         self.client_id = client_id
         self.client_secret = client_secret or secrets.token_urlsafe(24)
         self.clients = {client_id: self.client_secret}
@@ -110,39 +103,21 @@ class NexusSandbox:
         with self._lock:
             self._tokens.clear()
 
-    def fail_token_requests(
-        self,
-        times: int = 1,
-        *,
-        status: int = 503,
-        body: bytes | str = b"",
-        headers: dict[str, str] | None = None,
-        retry_after: int | str | None = None,
-        delay: float = 0.0,
-        drop: bool = False,
-    ) -> None:
+    def fail_token_requests(self, times: int = 1, *, status: int = 503, body: bytes | str = b"",
+                            headers: dict[str, str] | None = None, retry_after: int | str | None = None,
+                            delay: float = 0.0, drop: bool = False) -> None:  # fmt: skip
         """Answer the next `times` token requests so, after `delay` seconds; `drop` closes the connection instead.
 
         `retry_after` is in seconds, or an HTTP date.
         """
-        headers = dict(headers or {})
-        if retry_after is not None:
-            headers["Retry-After"] = str(retry_after)
+        wait = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        headers = {**(headers or {}), **wait}
         answer = Answer(status, body.encode() if isinstance(body, str) else body, headers, delay, drop)
         with self._lock:
             self._faults.extend([answer] * times)
 
-    def answer(
-        self,
-        path: str,
-        *,
-        status: int = 200,
-        json: Any = None,
-        headers: dict[str, str] | None = None,
-        delay: float = 0.0,
-        drop: bool = False,
-        times: int = 1,
-    ) -> None:
+    def answer(self, path: str, *, status: int = 200, json: Any = None, headers: dict[str, str] | None = None,
+               delay: float = 0.0, drop: bool = False, times: int = 1) -> None:  # fmt: skip
         """Answer the next `times` API requests to `path` so, valid token or not; `json` is the whole document."""
         body = b"" if json is None else _dumps(json)
         with self._lock:

@@ -34,8 +34,8 @@ from test_grant import (
 from test_load import GatedSandbox, url, use_up
 
 from nexus_auth import Environment, NexusAuthError, TokenRequestError, TokenWaitError, credentials
-from nexus_auth.credentials import KNOWN, Credentials
-from nexus_auth.grant import Acquire, Sleep, Terms, Token, TokenRequest
+from nexus_auth.credentials import KNOWN, Credentials, credentials_of
+from nexus_auth.grant import IMPORTING, Acquire, Sleep, Terms, Token, TokenRequest
 from nexus_auth.quota import Quota
 from nexus_auth.testing import NexusSandbox
 
@@ -618,3 +618,14 @@ def test_a_call_with_its_token_waits_for_nobody(driver: Driver, sandbox: NexusSa
 def test_a_token_is_small(client: Client) -> None:
     token: Token = client.obtained(GOOD)
     assert sum(map(sys.getsizeof, vars(token).values())) < 1000
+
+
+def test_a_child_has_locks_of_its_own(sandbox: NexusSandbox) -> None:
+    """What other threads of its parent held at the time of the fork nobody in the child would release."""
+    held = credentials_of(sandbox.environment.token_endpoint, sandbox.client_id, sandbox.client_secret, "api1")
+    for lock in (held.lock, held.quota.lock, credentials._lock, IMPORTING):
+        assert lock.acquire(timeout=0)
+    credentials._replace_locks()
+    for lock in (held.lock, held.quota.lock, credentials._lock, IMPORTING):
+        with lock:
+            assert lock.locked()
