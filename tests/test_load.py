@@ -171,6 +171,22 @@ def test_a_hundred_callers_with_little_patience_do_not_all_try(
     driver.close(client)
 
 
+def test_who_waits_for_another_waits_no_longer_than_max_wait(driver: Driver, gated: GatedSandbox) -> None:
+    patient, impatient = (driver.client(driver.auth(gated, max_wait=max_wait)) for max_wait in (75, 0.1))
+    gated.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        fetches = pool.submit(driver.get, patient, url(gated))
+        gated.arrived()
+        waits = outcome(lambda: driver.get(impatient, url(gated)))
+        assert not fetches.done()
+        gated.gate.set()
+        assert fetches.result().status == 200
+    assert isinstance(waits, driver.door.TokenWaitError)
+    assert len(gated.token_requests) == 1
+    driver.close(patient)
+    driver.close(impatient)
+
+
 def test_a_hundred_callers_with_a_revoked_token_cost_one_renewal(driver: Driver, gated: GatedSandbox) -> None:
     client = driver.client(driver.auth(gated))
     driver.get(client, url(gated))
