@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
 from .errors import TokenRequestError, TokenWaitError
 from .grant import IMPORTING, Acquire, Steps, Terms, Token, client_credentials_grant
@@ -21,7 +22,7 @@ REFUSAL_MEMORY, FAILURE_MEMORY, AHEAD_PAUSE = 10.0, 2.0, 5.0
 MAX_PAUSE = 60.0  # seconds between renewals that do not help
 KNOWN = 1024  # API clients whose token is kept while no auth object holds it
 
-logger = logging.getLogger(__package__)
+logger: logging.Logger = logging.getLogger(__package__)
 
 
 class Credentials:
@@ -29,8 +30,8 @@ class Credentials:
 
     def __init__(self, quota: Quota) -> None:
         self.quota = quota
-        self.lock = threading.Lock()
-        self.clock = time.monotonic
+        self.lock: threading.Lock = threading.Lock()
+        self.clock: Callable[[], float] = time.monotonic
         self.forget()
 
     def forget(self) -> None:
@@ -70,7 +71,7 @@ class Credentials:
         self._pause *= not accepted
         self._next_try = self.clock() + self._pause
         if not accepted:
-            what = "%s gave client %r a token that the API refuses too (401). Check base_url and its permissions."
+            what = "%s gave client %r another token that the API refuses (401). Check base_url and what it may do."
             logger.warning(what, str(terms), terms.client_id)
 
     def _replace(self, old: Token | None, terms: Terms) -> Steps[Token]:
@@ -94,15 +95,15 @@ class Credentials:
 
     def _fetch(self, terms: Terms, deadline: float, ahead: bool = False) -> Steps[Token]:
         try:
-            self.token = yield from client_credentials_grant(terms, self.quota, deadline, ahead, self.clock)
+            token = yield from client_credentials_grant(terms, self.quota, deadline, ahead, self.clock)
         except Exception as failure:
             if not ahead:
                 refused = isinstance(failure, TokenRequestError) and failure.error
                 self._next_try = self.clock() + (REFUSAL_MEMORY if refused else FAILURE_MEMORY)
                 self._failure, self._patience = _as_error_of(terms, failure), terms.max_wait
             raise
-        self._failure = None
-        return self.token
+        self.token, self._failure = token, None
+        return token
 
 
 def _as_error_of(terms: Terms, failure: Exception) -> Exception:

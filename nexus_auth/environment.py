@@ -34,10 +34,11 @@ class Environment:
         kind = ValueError if isinstance(value, str) else TypeError
         raise kind(f"unknown environment {value!r}: 'test' or 'production', or an Environment")
 
-    def __setattr__(self, name: str, value: object = None) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"an Environment is frozen: {name} stays as it is")
 
-    __delattr__ = __setattr__
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"an Environment is frozen: {name} stays")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Environment) and vars(self) == vars(other)

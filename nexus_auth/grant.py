@@ -29,7 +29,7 @@ HEADERS = {"Accept": "application/json", "Content-Type": "application/x-www-form
 
 T = TypeVar("T")
 IMPORTING = threading.Lock()  # not to be forked within: a child waits for ever for what another thread was importing
-logger = logging.getLogger(__package__)
+logger: logging.Logger = logging.getLogger(__package__)
 
 
 class Terms(NamedTuple):
@@ -93,9 +93,9 @@ class Token:
     """An access token, asked for at `asked_at` on the monotonic clock, with `lifetime` seconds to live from then."""
 
     def __init__(self, access_token: str, lifetime: float, asked_at: float) -> None:
-        self.authorization = f"Bearer {access_token}"  # RFC 6750 section 2.1
-        self.expires_at = asked_at + lifetime
-        self.half_life = asked_at + lifetime / 2
+        self.authorization: str = f"Bearer {access_token}"  # RFC 6750 section 2.1
+        self.expires_at: float = asked_at + lifetime
+        self.half_life: float = asked_at + lifetime / 2
 
     def is_fresh(self, now: float, leeway: float) -> bool:
         """Tell whether more than `leeway` seconds are left to live, or more than half of the lifetime."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 try:
     import httpx
-except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError(f"{__name__} needs httpx: pip install httpx") from missing
+except ModuleNotFoundError as _missing:
+    raise ModuleNotFoundError(f"{__name__} needs httpx: pip install httpx") from _missing
 
 from . import errors
 from ._httpx_flow import ClientOptions, HTTPXAuth, open_client

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 try:
     import httpx2
-except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError(f"{__name__} needs httpx2: pip install httpx2") from missing
+except ModuleNotFoundError as _missing:
+    raise ModuleNotFoundError(f"{__name__} needs httpx2: pip install httpx2") from _missing
 
 from . import errors
 from ._httpx_flow import ClientOptions, HTTPXAuth, open_client

@@ -12,8 +12,8 @@ LIMIT, PERIOD, MARGIN = 60, 60.0, 0.1  # requests, seconds, and seconds for cloc
 class Slot:
     """One token request: the `time` when it may go, when it went (from then on it is `sent`), when it was answered."""
 
-    time = 0.0
-    sent = False
+    time: float = 0.0
+    sent: bool = False
 
 
 class Quota:
@@ -23,7 +23,7 @@ class Quota:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         self.slots: list[Slot] = []
 
     def wait(self, slot: Slot, now: float) -> float:

@@ -11,8 +11,8 @@ from typing import Any
 try:
     import requests
     from requests.auth import AuthBase
-except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError(f"{__name__} needs requests: pip install requests") from missing
+except ModuleNotFoundError as _missing:
+    raise ModuleNotFoundError(f"{__name__} needs requests: pip install requests") from _missing
 
 from . import errors
 from .auth import BaseAuth
@@ -110,7 +110,7 @@ def _pass_on(response: requests.Response, **_: Any) -> requests.Response:
 class NexusSession(requests.Session):
     """A `requests.Session` that takes paths relative to `base_url`, and keeps the token on redirects within it."""
 
-    __attrs__ = [*requests.Session.__attrs__, "base_url"]  # noqa: RUF012
+    __attrs__: list[str] = [*requests.Session.__attrs__, "base_url"]  # noqa: RUF012
 
     def __init__(self, base_url: str) -> None:
         super().__init__()

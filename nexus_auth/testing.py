@@ -63,8 +63,8 @@ class NexusSandbox:
                  scopes: tuple[str, ...] = ("api1", "sanctionlist"), limit: int = 60,
                  ssl_context: ssl.SSLContext | None = None) -> None:  # fmt: skip
         self.client_id = client_id
-        self.client_secret = client_secret or secrets.token_urlsafe(24)
-        self.clients = {client_id: self.client_secret}
+        self.client_secret: str = client_secret or secrets.token_urlsafe(24)
+        self.clients: dict[str, str] = {client_id: self.client_secret}
         self.expires_in = expires_in
         self.scopes = scopes
         self.limit = limit

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from requests.adapters import BaseAdapter
 
 ROOT = str(Path(__file__).resolve().parents[1])
 sys.path.insert(0, ROOT)  # what is measured is the working tree, even where another nexus_auth is installed
@@ -244,7 +245,7 @@ def compare(measure: str, seconds: dict[str, list[float]]) -> Row:
 # Calls with the token in hand, through a transport that answers at once.
 
 
-class InstantAdapter(requests.adapters.BaseAdapter):
+class InstantAdapter(BaseAdapter):
     """A server that takes no time, for requests; its answer serves as a token too."""
 
     def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:

@@ -157,6 +157,7 @@ def test_proxies(driver: HTTPX, sandbox: NexusSandbox, monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     environment = Environment("far", token_endpoint="https://identity.invalid/token", base_url=url(sandbox, ""))
+    carrier = None
     if lent:
         carrier = driver.client(proxy=url(sandbox, ""))
         auth = driver.auth(sandbox, environment=environment, client=carrier)
@@ -169,7 +170,7 @@ def test_proxies(driver: HTTPX, sandbox: NexusSandbox, monkeypatch: pytest.Monke
         driver.get(client, url(sandbox))
     assert {(arrival.method, arrival.path) for arrival in sandbox.requests} == {("CONNECT", "identity.invalid:443")}
     assert "proxy" in str(raised.value)
-    if lent:
+    if carrier:
         driver.close(carrier)
     driver.close(client)
 

@@ -361,7 +361,7 @@ def test_ids_and_secrets_of_any_characters_arrive_as_they_are(driver: Driver) ->
         client = driver.client()
         lent = driver.client()
 
-        @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=60, deadline=None, database=None, suppress_health_check=[*HealthCheck])  # pyright: ignore[reportArgumentType]
         @given(client_id=texts | likely, client_secret=texts | likely, scope=texts | likely)
         def arrive(client_id: str, client_secret: str, scope: str) -> None:
             forget_tokens()
@@ -452,8 +452,9 @@ class World:
 def _adapter(world: World) -> Any:
     import requests
     import urllib3
+    from requests.adapters import HTTPAdapter
 
-    class Adapter(requests.adapters.HTTPAdapter):
+    class Adapter(HTTPAdapter):
         def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
             connect = getattr(self, "get_connection_with_tls_context", None)  # since requests 2.32
             pool: Any = connect(request, True) if connect else self.get_connection(str(request.url))
@@ -563,7 +564,7 @@ def test_no_spelling_of_an_address_draws_the_token_elsewhere(driver: Driver) -> 
     world = World(driver)
     client = world.client()
 
-    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=150, deadline=None, database=None, suppress_health_check=[*HealthCheck])  # pyright: ignore[reportArgumentType]
     @given(st.sampled_from(starts), st.lists(st.sampled_from(pieces)))
     def draw(start: str, rest: list[str]) -> None:
         address = start + "".join(rest)

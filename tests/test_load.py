@@ -8,7 +8,7 @@ import email.utils
 import itertools
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -51,7 +51,9 @@ class GatedSandbox(NexusSandbox):
         return True
 
     @contextlib.contextmanager
-    def closed_until(self, token_requests: int = 1, requests: int = 0, and_then: float = 0.0) -> Iterator[list[bool]]:
+    def closed_until(
+        self, token_requests: int = 1, requests: int = 0, and_then: float = 0.0
+    ) -> Generator[list[bool], None, None]:
         """Keep the gate closed until so many are here and some seconds more; yields a list: whether they came."""
         were_here: list[bool] = []
 
@@ -534,8 +536,9 @@ def test_over_the_quota_and_max_wait_a_call_fails_at_once(driver: Driver, sandbo
     for _ in range(5):
         with pytest.raises(driver.library_error) as raised:
             driver.get(client, url(sandbox))
-        assert isinstance(raised.value, driver.door.TokenWaitError)
-        assert 35 < raised.value.retry_after <= 50.1
+        error: Any = raised.value
+        assert isinstance(error, driver.door.TokenWaitError)
+        assert 35 < error.retry_after <= 50.1
     assert time.monotonic() - started < 10
     assert sandbox.token_requests == []
     assert len(auth._credentials.quota.slots) == LIMIT
@@ -562,6 +565,7 @@ def test_the_quota_is_one_for_all_credentials_and_doors(doors: list[Driver], san
         auth = driver.door.NexusAuth(f"client-{number}", f"secret-{number}", sandbox.environment)
         assert driver.get(clients[driver], url(sandbox), auth=auth).status == 200
     assert len(sandbox.token_requests) == LIMIT
+    auth = None
     for driver in doors:
         auth = driver.door.NexusAuth(f"late-{driver}", "secret", sandbox.environment, max_wait=5)
         with pytest.raises(driver.library_error) as raised:
@@ -570,6 +574,7 @@ def test_the_quota_is_one_for_all_credentials_and_doors(doors: list[Driver], san
         assert 5 < raised.value.retry_after <= 60.1
         driver.close(clients[driver])
     assert len(sandbox.token_requests) == LIMIT
+    assert auth
     assert len(auth._credentials.quota.slots) == LIMIT
 
 

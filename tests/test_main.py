@@ -67,7 +67,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
             status = command_line.main(list(argv))
         except SystemExit as usage:
             status = int(str(usage.code or 0))
-        outcome = Outcome(status, *capsys.readouterr())
+        captured = capsys.readouterr()
+        outcome = Outcome(status, captured.out, captured.err)
         assert os.environ.get("NEXUS_CLIENT_SECRET", "no secret") not in outcome.out + outcome.err
         return outcome
 
@@ -102,7 +103,7 @@ def web_page() -> Iterator[str]:
             self.end_headers()
             self.wfile.write(b"<p>Bonjour \xe9</p>")
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
             pass
 
     with HTTPServer(("127.0.0.1", 0), Page) as server:
@@ -117,7 +118,8 @@ def spawn(*argv: str, module: str = "nexus_auth", **options: Any) -> subprocess.
     """Start a command in a process of its own."""
     root = Path(command_line.__file__).parents[1]
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    defaults = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": root, "env": environ, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    defaults: dict[str, Any] = {**pipes, "cwd": root, "env": environ, "text": True}
     return subprocess.Popen([sys.executable, "-W", "error", "-m", module, *argv], **{**defaults, **options})
 
 

@@ -15,6 +15,7 @@ import pytest
 import requests
 import trustme
 from conftest import closed_port
+from requests.adapters import HTTPAdapter
 
 from nexus_auth import Environment, NexusAuthError, TokenRequestError, forget_tokens, grant
 from nexus_auth.requests import NexusAuth, nexus_session
@@ -93,7 +94,10 @@ def test_netrc_serves_other_hosts_as_it_always_does(sandbox: NexusSandbox, sessi
 
 def test_no_header_of_a_strangers_goes_to_the_api(sandbox: NexusSandbox, session: requests.Session) -> None:
     with NexusSandbox() as stranger:
-        for options in ({"headers": {"Authorization": "Custom for-the-stranger"}}, {"auth": ("for-the", "stranger")}):
+        mine: list[dict[str, Any]] = [
+            {"headers": {"Authorization": "Custom for-the-stranger"}}, {"auth": ("for-the", "stranger")},
+        ]  # fmt: skip
+        for options in mine:
             stranger.answer("/away", status=302, headers={"Location": url(sandbox)})
             session.get(url(stranger, "/away"), **options)
         assert authorizations(stranger) == ["Custom", "Basic"]
@@ -162,7 +166,7 @@ def test_a_session_that_is_lent_to_its_own_auth_is_not_changed(sandbox: NexusSan
 
 
 def test_a_mounted_adapter_carries_the_token_requests(sandbox: NexusSandbox) -> None:
-    class Adapter(requests.adapters.HTTPAdapter):
+    class Adapter(HTTPAdapter):
         def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
             carried.append((str(request.url), options["timeout"]))
             return super().send(request, *arguments, **options)
