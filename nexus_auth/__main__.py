@@ -42,6 +42,8 @@ TIMEOUT, MAX_WAIT, API_TIMEOUT = 5, 10, (5, 30)
 
 def get(session: Any, arguments: Namespace) -> None:
     """Print what the API answers to GET PATH."""
+    if "://" in arguments.path:
+        raise ValueError("PATH is from the base URL on, as /customer")
     response = session.get(arguments.path, timeout=API_TIMEOUT)
     try:  # whatever the status: who reads a pipe finds the errors of the API there too
         print(json.dumps(response.json(), ensure_ascii=not (tty := sys.stdout.isatty()), indent=2 if tty else None))

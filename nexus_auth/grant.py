@@ -172,6 +172,8 @@ def _token(response: Any, terms: Terms, asked_at: float) -> Token:
     elif 300 <= status < 400:
         target = re.split("[?#]", response.headers.get("Location", ""))[0]
         reason = f"redirected to {_printable(target, terms)}, which is not followed"
+    elif status == 429 or status >= 500:
+        reason = "is busy or down"
     elif not 200 <= status < 300:
         reason = "gave neither a token nor an OAuth error"
     elif not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):  # RFC 6749 section A.12

@@ -108,6 +108,7 @@ class NexusSandbox:
                             delay: float = 0.0, drop: bool = False) -> None:  # fmt: skip
         """Answer the next `times` token requests so, after `delay` seconds; `drop` closes the connection instead.
 
+        Of connection errors, 429 and 5xx a caller makes 4 tries, so that fewer `times` are not noticed.
         `retry_after` is in seconds, or an HTTP date.
         """
         wait = {} if retry_after is None else {"Retry-After": str(retry_after)}
@@ -121,7 +122,7 @@ class NexusSandbox:
         """Answer the next `times` API requests to `path` so, valid token or not; `json` is the whole document."""
         body = b"" if json is None else _dumps(json)
         with self._lock:
-            answers = self._answers.setdefault(path, deque())
+            answers = self._answers.setdefault("/" + path.lstrip("/"), deque())
             answers.extend([Answer(status, body, headers or {}, delay, drop)] * times)
 
     def _reply(self, arrival: Arrival) -> Answer:
@@ -131,8 +132,9 @@ class NexusSandbox:
                 self.token_requests.append(arrival)
                 return self._faults.popleft() if self._faults else self._token(arrival)
             self.requests.append(arrival)
-            if self._answers.get(path):
-                return self._answers[path].popleft()
+            for scripted in (arrival.path, path):
+                if self._answers.get(scripted):
+                    return self._answers[scripted].popleft()
             scheme, _, token = (arrival.headers["Authorization"] or "").partition(" ")
             if scheme != "Bearer" or self._tokens.get(token, 0) < arrival.time:
                 return _envelope(401, "Unauthorized", ["The access token is missing, expired or revoked"])
