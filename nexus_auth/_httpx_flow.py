@@ -13,7 +13,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 
 from .auth import BaseAuth
 from .environment import Environment
-from .grant import HEADERS, TokenRequest
+from .grant import HEADERS, IMPORTING, TokenRequest
 
 C = TypeVar("C")
 Headers = Mapping[str, str] | Sequence[tuple[str, str]]
@@ -76,7 +76,8 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                 if answer.status_code == 401:
                     await answer.aread()
             else:
-                from .event_loop import perform  # and with it anyio, which is slow to load
+                with IMPORTING:
+                    from .event_loop import perform  # and with it anyio, which is slow to load
 
                 answer = await perform(self._credentials, step, self._send_async, self._errors[0], request)
 

@@ -80,7 +80,9 @@ class Credentials:
         if token := self._newer(old, terms):
             return token
         if not (yield Acquire(terms.max_wait)):
-            raise terms.token_wait_error(f"{terms} keeps another caller waiting, for more than max_wait. Try later.")
+            error = terms.token_wait_error(f"{terms} keeps another caller waiting, for more than max_wait. Try later.")
+            error.retry_after = FAILURE_MEMORY
+            raise error
         return self._newer(old, terms) or (yield from self._fetch(terms, deadline))
 
     def _newer(self, old: Token | None, terms: Terms) -> Token | None:

@@ -29,7 +29,7 @@ TEXTS: list[tuple[object, type[Exception], str]] = [
     (SECRET.encode(), TypeError, "bytes"),
     (12345, TypeError, "int"),
     ([SECRET], TypeError, "list"),
-    (object(), TypeError, "object"),
+    (range(3), TypeError, "range"),
 ]
 
 NUMBERS: list[tuple[object, type[Exception]]] = [
@@ -405,3 +405,16 @@ def test_a_client_of_the_other_kind_is_lent(other: Driver, sandbox: NexusSandbox
         driver.get(client, f"{sandbox.environment.base_url}/customer")
     assert sandbox.token_requests == []
     driver.close(client)
+
+
+@pytest.mark.parametrize("name", ["a\nb", None, 1])
+def test_the_name_of_an_environment_is_printable(name: Any) -> None:
+    urls = {"token_endpoint": "https://identity.example/token", "base_url": "https://api.example"}
+    with pytest.raises(TypeError, match="name"):
+        Environment(name, **urls)
+
+
+def test_nothing_of_an_environment_can_be_deleted() -> None:
+    with pytest.raises(AttributeError, match="frozen"):
+        del TEST.name
+    assert TEST.name == "test"
