@@ -50,6 +50,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         """Sign `request`, blocking while a token is waited for (httpx calls this)."""
         flow = self._flow(request)
         answer: Any = None
+        refused = False
         while True:
             try:
                 step = flow.send(answer)
@@ -59,6 +60,9 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                 answer = yield step
                 if answer.status_code == 401:
                     answer.read()  # its connection is free for what follows
+                    refused = True
+                elif not refused:
+                    return  # which the flow would say as well, but later
             else:
                 answer = self._perform(step, request)
 
@@ -66,6 +70,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         """Sign `request`, never blocking the event loop (httpx calls this)."""
         flow = self._flow(request)
         answer: Any = None
+        refused = False
         while True:
             try:
                 step = flow.send(answer)
@@ -75,6 +80,9 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                 answer = yield step
                 if answer.status_code == 401:
                     await answer.aread()
+                    refused = True
+                elif not refused:
+                    return  # which the flow would say as well, but later
             else:
                 with IMPORTING:
                     from .event_loop import perform  # and with it anyio, which is slow to load
