@@ -101,7 +101,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             token = yield self._credentials.obtain(self._terms)
         request.headers["Authorization"] = token.authorization
         response = yield request
-        if response.status_code == 401 and self._is_refusal(response, token):
+        if self._is_refusal(response, token):
             refused = response.request  # after redirects within the API, the last one
             token = yield self._credentials.renew(token, self._terms)
             if token and (isinstance(refused.stream, self._library.ByteStream) or _rewound(marks)):
