@@ -3,16 +3,16 @@
 import contextlib
 import copy
 import os
+import re
 import time
 from typing import Any, ClassVar, TypeVar
 
 from .credentials import credentials_of
 from .environment import Environment
 from .errors import TokenRequestError, TokenWaitError
-from .grant import Sleep, Steps, T, Terms, Token, TokenRequest
+from .grant import Sleep, Steps, Terms, Token
 
 A = TypeVar("A", bound="BaseAuth")
-LONGEST = 10**9  # seconds; what locks and sockets take for a time ends not far above
 
 
 class BaseAuth:
@@ -28,11 +28,16 @@ class BaseAuth:
     def __init__(self, client_id: str, client_secret: str, environment: Environment | str, scope: str,
                  leeway: float, timeout: float, max_wait: float, lent: Any) -> None:  # fmt: skip
         for name, text in (("client_id", client_id), ("client_secret", client_secret), ("scope", scope)):
-            _check_text(name, text)
+            if not isinstance(text, str):
+                raise TypeError(f"{name} must be a str, not {type(text).__name__}")
+            if not text.strip():
+                raise ValueError(f"{name} is empty")
+            if re.search(r"[\r\n]\Z|[\ud800-\udfff]", text):
+                raise ValueError(f"{name} ends with a newline (strip() what is read), or has lone surrogates")
         for name, seconds in (("leeway", leeway), ("timeout", timeout), ("max_wait", max_wait)):
             if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
                 raise TypeError(f"{name} must be a number of seconds, not {type(seconds).__name__}")
-            if not 0 <= seconds <= LONGEST or (name == "timeout" and not seconds):
+            if not 0 <= seconds <= 1e9 or (name == "timeout" and not seconds):
                 raise ValueError(f"{name} must be a sensible number of seconds, not {seconds}")
         self.environment, self.client_id, self._lent = Environment.of(environment), client_id, lent
         times = leeway, timeout, max_wait
@@ -46,12 +51,12 @@ class BaseAuth:
         They are `NEXUS_CLIENT_ID`, `NEXUS_CLIENT_SECRET` and `NEXUS_ENVIRONMENT` (test or production), or in place of
         the last both `NEXUS_TOKEN_ENDPOINT` and `NEXUS_BASE_URL`. Raises `ValueError`, naming all that is missing.
         """
-        names = ("CLIENT_ID", "CLIENT_SECRET", "ENVIRONMENT", "TOKEN_ENDPOINT", "BASE_URL")
-        client_id, client_secret, known, *urls = values = [os.environ.get(prefix + name, "") for name in names]
+        names = [prefix + name for name in ("CLIENT_ID", "CLIENT_SECRET", "ENVIRONMENT", "TOKEN_ENDPOINT", "BASE_URL")]
+        client_id, client_secret, known, *urls = [os.environ.get(name, "") for name in names]
         if known and any(urls):
-            raise ValueError(f"{prefix}ENVIRONMENT is set, and so is a URL that takes its place: unset one of them")
-        unneeded = names[2:3] if any(urls) else names[3:]
-        if missing := [prefix + n for n, value in zip(names, values, strict=True) if not value and n not in unneeded]:
+            raise ValueError(f"{names[2]} is set, and so is a URL that takes its place: unset one of them")
+        needed = names[:2] + (names[3:] if any(urls) else names[2:3])
+        if missing := [name for name in needed if not os.environ.get(name)]:
             raise ValueError(f"environment variables not set: {', '.join(missing)}")
         environment = known or Environment("custom", token_endpoint=urls[0], base_url=urls[1])
         return cls(client_id, client_secret, environment, **options)
@@ -62,68 +67,69 @@ class BaseAuth:
     def __getstate__(self) -> dict[str, Any]:
         import pickle  # loaded by now, since this is what it calls, or copy
 
-        state = {**vars(self), "_credentials": None}
-        try:
-            if lent := copy.copy(self._lent):
-                lent.auth = None  # which may be this very object
+        state = {**vars(self), "_credentials": None, "_lent": None}
+        with contextlib.suppress(Exception):  # what cannot be pickled is left behind
+            lent = copy.copy(self._lent)
+            lent.auth = None  # which may be this very object
             pickle.dumps(lent)
-        except Exception:
-            state["_lent"] = None
+            state["_lent"] = self._lent
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._credentials = credentials_of(self.environment.token_endpoint, *self._terms[1:4])
 
-    def _has(self, url: Any) -> bool:
-        """Tell whether `url` is within the environment's own origin."""
-        raise NotImplementedError
+    def __call__(self, request: Any) -> Any:
+        """Raise `TypeError`: an auth of this library was given to another."""
+        own, other = (kind.__module__.partition(".")[0] for kind in (self._errors[0], type(request)))
+        raise TypeError(f"this NexusAuth is for {own}; for {other}: from {__package__}.{other} import NexusAuth")
 
-    def _send(self, request: TokenRequest) -> Any:
-        """Send `request` with what was lent, or anew, and return the response with its content."""
-        raise NotImplementedError
+    def _has(self, url: Any) -> Any:
+        """Tell whether `url` is within the environment's own origin."""
+
+    def _rewound(self, request: Any, marks: Any) -> Any:
+        """Tell whether the body of `request` can be sent again whole, and set it back to where it started."""
+
+    def _send(self, timeout: float) -> Any:
+        """Send a token request with what was lent, or anew, and return the response with its content."""
 
     def _fresh_token(self) -> Token | None:
         token = self._credentials.token
         return token if token and token.is_fresh(time.monotonic(), self._terms.leeway) else None
 
-    def _is_refusal(self, response: Any, token: Token) -> bool:
-        """Tell whether `response` is the API's 401 to `token`, and not that of whoever it redirected to."""
-        request = response.request
-        ours = response.status_code == 401 and request.headers.get("Authorization") == token.authorization
-        return ours and self._has(request.url)
+    def _token(self, request: Any, refused: Token | None = None) -> Steps[Any]:
+        """Yield the steps to a token for `request`, and return it; None if another than `refused` would not help."""
+        known, terms = self._credentials, self._terms
+        try:
+            return (yield from known.renew(refused, terms) if refused else known.obtain(terms))
+        except self._errors[0] as error:
+            error.request = request  # type: ignore[attr-defined]  # the token request has the secret in it
+            raise
 
-    def _perform(self, steps: Steps[T], request: Any) -> T:
-        """Perform `steps` so that `request` can be signed, blocking, and return what they come to."""
+    def _replay(self, refused: Token, response: Any, marks: Any = None) -> Steps[Any]:
+        """Yield the steps after the 401 that is `response`, and return the request to be sent once more, if any."""
+        request = response.request  # after redirects within the API, the last one
+        if request.headers.get("Authorization") != refused.authorization or not self._has(request.url):
+            return None  # a stranger says so, whom the API redirected to
+        token = yield from self._token(request, refused)
+        if token is None or not self._rewound(request, marks):
+            return None
+        request.headers["Authorization"] = token.authorization
+        return request
+
+    def _perform(self, steps: Steps[Any]) -> Any:
+        """Perform `steps`, blocking, and return what they come to."""
         answer: Any = None
-        with contextlib.closing(steps), contextlib.ExitStack() as held:
+        with contextlib.closing(steps):
             while True:
                 try:
                     step = steps.send(answer)
                 except StopIteration as done:
-                    return done.value  # type: ignore[no-any-return]
-                except self._errors[0] as error:
-                    error.request = request  # type: ignore[attr-defined]  # not that with the secret in it
-                    raise
-                if isinstance(step, TokenRequest):
-                    try:
-                        answer = self._send(step)
-                    except Exception as failure:
-                        answer = failure
-                elif isinstance(step, Sleep):
+                    return done.value
+                if isinstance(step, Sleep):
                     time.sleep(step.seconds)
-                elif answer := self._credentials.lock.acquire(timeout=step.seconds):
-                    held.callback(self._credentials.lock.release)
-
-    def _wrong_door(self, request: object) -> TypeError:
-        own, other = (kind.__module__.partition(".")[0] for kind in (self._errors[0], type(request)))
-        return TypeError(f"this NexusAuth is for {own}; for {other}: from {__package__}.{other} import NexusAuth")
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
-    if not value.strip() or value.endswith(("\n", "\r")):
-        raise ValueError(f"{name} {'ends with a newline: strip() what is read' if value.strip() else 'is empty'}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name} has lone surrogates, as bytes decoded wrongly do")
+                    continue
+                try:
+                    answer = self._send(step.timeout)
+                except Exception as failure:
+                    answer = failure

@@ -8,7 +8,6 @@ import contextlib
 import email.utils
 import json
 import logging
-import math
 import random
 import re
 import threading
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Generator
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import unquote, unquote_plus, urlencode
+from urllib.parse import urlencode
 
 from .environment import Environment
 from .errors import TokenRequestError, TokenWaitError
@@ -24,11 +23,9 @@ from .quota import LIMIT, Quota, Slot
 
 TRIES = 4
 BACKOFF = 0.5  # seconds at most before the second try, doubled before each further one
-
 HEADERS = {"Accept": "application/json", "Content-Type": "application/x-www-form-urlencoded"}
-
-T = TypeVar("T")
 IMPORTING = threading.Lock()  # not to be forked within: a child waits for ever for what another thread was importing
+T = TypeVar("T")
 logger: logging.Logger = logging.getLogger(__package__)
 
 
@@ -59,34 +56,16 @@ class Sleep(NamedTuple):
     seconds: float
 
 
-class Acquire(NamedTuple):
-    """Hold the lock of the credentials until the last step; wait for it `seconds` at most. Sent back: a bool."""
-
-    seconds: float
-
-
 class TokenRequest(NamedTuple):
-    """POST `form()` with `HEADERS` to `url`, following no redirect; `timeout` is in seconds.
+    """POST `form` with `HEADERS` to the token endpoint, following no redirect; `timeout` is in seconds.
 
     Sent back: the HTTP library's response, or the exception that it raised.
     """
 
-    terms: Terms
     timeout: float
 
-    @property
-    def url(self) -> str:
-        """The token endpoint."""
-        return self.terms.environment.token_endpoint
 
-    def form(self) -> str:
-        """Return the body, with the client secret in it."""
-        method = _oauth_client(self.terms).client_auth("client_secret_post")
-        fields = urlencode({"grant_type": "client_credentials", "scope": self.terms.scope})
-        return str(method.prepare("POST", self.url, {}, fields)[2])
-
-
-Steps = Generator[Sleep | Acquire | TokenRequest, Any, T]
+Steps = Generator[Sleep | TokenRequest, Any, T]
 
 
 class Token:
@@ -117,23 +96,31 @@ def client_credentials_grant(
             while (wait := quota.wait(slot, clock())) > 0:
                 yield _sleep(wait, f"takes {LIMIT} requests a minute", terms, 0.0 if ahead else deadline - clock())
             asked_at = clock()
-            answer = yield TokenRequest(terms, min(terms.timeout, max(0.001, deadline - asked_at)))
+            answer = yield TokenRequest(min(terms.timeout, max(0.001, deadline - asked_at)))
         finally:
             quota.release(slot, clock())
-        delay = _retry_delay(answer, terms, BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1))
-        if delay is None or ahead or attempt == TRIES:
-            break
+        try:
+            return _token(answer, terms, asked_at)
+        except terms.library_error:
+            delay = _retry_delay(answer, BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1))
+            if delay is None or ahead or attempt == TRIES:
+                raise
         problem = type(answer).__name__ if isinstance(answer, Exception) else f"HTTP {answer.status_code}"
         yield _sleep(delay, f"failed with {problem}", terms, deadline - clock(), logging.WARNING)
-    if isinstance(answer, Exception):
-        if isinstance(answer, terms.library_error):
-            cause: BaseException = answer
-            while not str(cause) and cause.__context__:  # some errors say nothing, but what they came of does
-                cause = cause.__cause__ or cause.__context__
-            reason = _printable(f"{type(answer).__name__}: {cause}", terms)
-            answer.args = (f"{terms} could not be reached. Check network, proxy and TLS settings. {reason}",)
-        raise answer
-    return _token(answer, terms, asked_at)
+
+
+def form(terms: Terms) -> str:
+    """Return the body of the token request (RFC 6749 section 4.4.2), with the client secret in it."""
+    fields = urlencode({"grant_type": "client_credentials", "scope": terms.scope})
+    method = _oauth_client(terms).client_auth("client_secret_post")
+    return str(method.prepare("POST", terms.environment.token_endpoint, {}, fields)[2])
+
+
+def _oauth_client(terms: Terms) -> Any:
+    with IMPORTING:
+        from authlib.oauth2.client import OAuth2Client  # loaded late: it takes long, and who has a token needs none
+
+    return OAuth2Client(None, terms.client_id, terms.client_secret)
 
 
 def _sleep(seconds: float, reason: str, terms: Terms, patience: float, level: int = logging.DEBUG) -> Sleep:
@@ -146,77 +133,77 @@ def _sleep(seconds: float, reason: str, terms: Terms, patience: float, level: in
     return Sleep(seconds)
 
 
-def _retry_delay(answer: Any, terms: Terms, backoff: float) -> float | None:
+def _retry_delay(answer: Any, backoff: float) -> float | None:
     """Return the seconds until the next try: `backoff`, or what Retry-After asks for (RFC 9110 section 10.2.3)."""
+    if not isinstance(answer, Exception):
+        if answer.status_code != 429 and answer.status_code < 500:
+            return None
+        value = answer.headers.get("Retry-After", "")
+        date: Any = email.utils.parsedate_tz(value)  # in all three formats
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return max(backoff, float(value) if value.isdecimal() else email.utils.mktime_tz(date) - time.time())
+    return backoff
+
+
+def _token(answer: Any, terms: Terms, asked_at: float) -> Token:
+    """Return the token in `answer` (RFC 6749 section 5.1), or raise the error that stands in its place."""
+    if isinstance(answer, terms.library_error):
+        cause: BaseException = answer
+        while not str(cause) and cause.__context__:  # some errors say nothing, but what they came of does
+            cause = cause.__cause__ or cause.__context__
+        reason = _printable(f"{type(answer).__name__}: {cause}", terms)
+        answer.args = (f"{terms} could not be reached. Check network, proxy and TLS settings. {reason}",)
     if isinstance(answer, Exception):
-        return backoff if isinstance(answer, terms.library_error) else None
-    if answer.status_code != 429 and answer.status_code < 500:
-        return None
-    value = answer.headers.get("Retry-After", "")
-    date: Any = email.utils.parsedate_tz(value)  # in all three formats
-    try:
-        return max(backoff, float(value) if value.isdecimal() else email.utils.mktime_tz(date) - time.time())
-    except (TypeError, ValueError, OverflowError):
-        return backoff
-
-
-def _token(response: Any, terms: Terms, asked_at: float) -> Token:
-    """Return the token in `response` (RFC 6749 section 5.1), or raise the error that stands in its place (5.2)."""
+        raise answer
     members: dict[str, Any] = {}
     with contextlib.suppress(ValueError, TypeError, RecursionError):  # no JSON, or JSON that is no object
-        members = {**json.loads(response.content)}
-    status, token, lifetime = response.status_code, members.get("access_token"), _lifetime(members.get("expires_in"))
+        members = {**json.loads(answer.content)}
+    if failure := _failure(answer, members, terms):
+        raise failure
+    lifetime = _lifetime(members.get("expires_in"))
+    # Authlib is shown only what was looked at: it takes odd answers for tokens, and odd lifetimes raise.
+    checked = SimpleNamespace(status_code=200, json=lambda: {"access_token": members["access_token"]})
+    token = _oauth_client(terms).parse_response_token(checked)
+    logger.debug("%s: a token for client %r, for %s s", str(terms), terms.client_id, lifetime)
+    return Token(token["access_token"], lifetime, asked_at)
+
+
+def _failure(response: Any, members: dict[str, Any], terms: Terms) -> TokenRequestError | None:
+    """Return the error that `response` is (RFC 6749 section 5.2), None if it is a token."""
+    status, token = response.status_code, members.get("access_token")
     error, description = (_printable(members.get(name), terms) for name in ("error", "error_description"))
-    if error:
-        reason = f"refused client {terms.client_id!r}: {f'{error}, {description}' if description else error}"
-    elif 300 <= status < 400:
-        target = re.split("[?#]", response.headers.get("Location", ""))[0]
-        reason = f"redirected to {_printable(target, terms)}, which is not followed"
-    elif status == 429 or status >= 500:
-        reason = "is busy or down"
-    elif not 200 <= status < 300:
-        reason = "gave neither a token nor an OAuth error"
-    elif not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]+", token):  # RFC 6749 section A.12
-        reason = "gave no usable access_token"
-    elif str(members.get("token_type", "Bearer")).lower() != "bearer":
-        reason = "gave a token of another type than Bearer"
-    else:
-        # Authlib is shown only what was looked at: it takes odd answers for tokens, and odd numbers raise.
-        checked = {"access_token": token, "expires_in": None if lifetime == math.inf else int(lifetime)}
-        parsed = _oauth_client(terms).parse_response_token(SimpleNamespace(status_code=200, json=lambda: checked))
-        logger.debug("%s: a token for client %r, for %s s", str(terms), terms.client_id, lifetime)
-        return Token(parsed["access_token"], lifetime, asked_at)
+    target = _printable(re.split("[?#]", response.headers.get("Location", ""))[0], terms)
+    reasons = {
+        f"refused client {terms.client_id!r}: {f'{error}, {description}' if description else error}": error,
+        f"redirected to {target}, which is not followed": 300 <= status < 400,
+        "is busy or down": status == 429 or status >= 500,
+        "gave neither a token nor an OAuth error": not 200 <= status < 300,
+        "gave no usable access_token": not (isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token)),  # A.12
+        "gave a token of another type than Bearer": str(members.get("token_type", "Bearer")).lower() != "bearer",
+    }
+    reason = next((reason for reason, wrong in reasons.items() if wrong), None)
+    if reason is None:
+        return None
     advice = "Check client_id, client_secret and scope: are they of this environment?"
     advice = advice if error else "Check token_endpoint; if it is right, try again later."
-    raised = terms.token_request_error(f"{terms} {reason} (HTTP {status}). {advice}")
-    vars(raised).update(error=error, error_description=description, status_code=status, environment=terms.environment)
-    raise raised
-
-
-def _oauth_client(terms: Terms) -> Any:
-    with IMPORTING:
-        from authlib.oauth2.client import OAuth2Client  # loaded late: it takes long, and who has a token needs none
-
-    return OAuth2Client(None, terms.client_id, terms.client_secret)
+    failure = terms.token_request_error(f"{terms} {reason} (HTTP {status}). {advice}")
+    vars(failure).update(error=error, error_description=description, status_code=status, environment=terms.environment)
+    return failure
 
 
 def _lifetime(expires_in: Any) -> float:
     """Return seconds: infinite for no sensible number, so that the token serves until the API refuses it."""
-    try:
-        seconds = math.inf if isinstance(expires_in, bool) else float(expires_in)
-    except (TypeError, ValueError, OverflowError):
-        seconds = math.inf
-    return seconds if seconds >= 1 else math.inf
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if expires_in is not True and (seconds := float(expires_in)) >= 1:
+            return seconds
+    return float("inf")
 
 
 def _printable(text: object, terms: Terms) -> str | None:
     """Return what came from elsewhere as an error may show it: on one line, not long, and without the secret."""
     if not isinstance(text, str) or not text:
         return None
-    from html import unescape  # only errors need it
-
-    spellings = text, unquote(text), unquote_plus(text), unescape(text)
-    secrets = terms.client_secret, json.dumps(terms.client_secret)[1:-1]
-    if any(secret in spelling for secret in secrets for spelling in spellings):
+    # However it is spelt (percent, HTML, JSON, ...), its letters and digits stay as they are.
+    if all(run in text for run in re.findall("[A-Za-z0-9]+", terms.client_secret)):
         return "(withheld: the secret is in it)"
     return "".join(c if c.isprintable() else " " for c in text)[:400]

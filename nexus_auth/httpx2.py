@@ -1,20 +1,12 @@
 """The door for httpx2: `NexusAuth` signs a client, `nexus_client` and `nexus_async_client` make one for Nexus."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 try:
     import httpx2
 except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(f"{__name__} needs httpx2: pip install httpx2") from _missing
 
 from . import errors
-from ._httpx_flow import ClientOptions, HTTPXAuth, open_client
-from .environment import Environment
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from ._httpx_flow import ClientFactory, HTTPXAuth
 
 
 class TokenRequestError(errors.TokenRequestError, httpx2.RequestError):
@@ -44,21 +36,5 @@ class NexusAuth(HTTPXAuth[httpx2.Client | httpx2.AsyncClient], httpx2.Auth):
     _errors = (httpx2.RequestError, TokenRequestError, TokenWaitError)
 
 
-def nexus_client(client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
-                 leeway: float = 60, max_wait: float = 75, iso8601: bool = False,
-                 **client_options: Unpack[ClientOptions]) -> httpx2.Client:  # fmt: skip
-    """Return a client for the Nexus API: `client.get("/customer")`. Its settings hold for token requests too.
-
-    `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`; `client_options` are those of `httpx2.Client`. The other
-    arguments and the errors are those of `NexusAuth`.
-    """
-    return open_client(httpx2.Client, NexusAuth, client_id, client_secret, environment, iso8601, client_options,
-                       scope=scope, leeway=leeway, max_wait=max_wait)
-
-
-def nexus_async_client(client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
-                       leeway: float = 60, max_wait: float = 75, iso8601: bool = False,
-                       **client_options: Unpack[ClientOptions]) -> httpx2.AsyncClient:  # fmt: skip
-    """Return an asynchronous client for the Nexus API, as `nexus_client` does."""
-    return open_client(httpx2.AsyncClient, NexusAuth, client_id, client_secret, environment, iso8601, client_options,
-                       scope=scope, leeway=leeway, max_wait=max_wait)
+nexus_client: ClientFactory[httpx2.Client] = ClientFactory(httpx2.Client, NexusAuth)
+nexus_async_client: ClientFactory[httpx2.AsyncClient] = ClientFactory(httpx2.AsyncClient, NexusAuth)

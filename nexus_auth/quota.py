@@ -7,6 +7,7 @@ after the answer: that keeps every period on the server's own clock within the l
 import threading
 
 LIMIT, PERIOD, MARGIN = 60, 60.0, 0.1  # requests, seconds, and seconds for clocks that do not tick alike
+LOCK = threading.Lock()  # for short changes to what threads share
 
 
 class Slot:
@@ -23,12 +24,11 @@ class Quota:
     """
 
     def __init__(self) -> None:
-        self.lock: threading.Lock = threading.Lock()
         self.slots: list[Slot] = []
 
     def wait(self, slot: Slot, now: float) -> float:
         """Return the seconds that `slot` has to wait, in line from the first call on; with none it is sent."""
-        with self.lock:
+        with LOCK:
             if slot not in self.slots:
                 self.slots = [slot for slot in self.slots if slot.time + PERIOD + MARGIN > now] + [slot]
             before = sorted(slot.time for slot in self.slots[: self.slots.index(slot)])
@@ -38,7 +38,7 @@ class Quota:
 
     def release(self, slot: Slot, now: float) -> None:
         """Count `slot` as arrived by `now`, or leave the line if it was never sent."""
-        with self.lock:
+        with LOCK:
             if slot.sent:
                 slot.time = now
             elif slot in self.slots:

@@ -1,7 +1,5 @@
 """The door for requests: `NexusAuth` signs a session, `nexus_session` makes one for Nexus."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -17,7 +15,7 @@ except ModuleNotFoundError as _missing:
 from . import errors
 from .auth import BaseAuth
 from .environment import Environment
-from .grant import HEADERS, Token, TokenRequest
+from .grant import HEADERS, Token, form
 
 
 class TokenRequestError(errors.TokenRequestError, requests.RequestException):
@@ -57,26 +55,24 @@ class NexusAuth(BaseAuth, AuthBase):
     def __call__(self, r: requests.PreparedRequest) -> requests.PreparedRequest:
         """Sign `r`, if it goes to the Nexus API (requests calls this)."""
         if not isinstance(r, requests.PreparedRequest):
-            raise self._wrong_door(r)
+            return super().__call__(r)
         if self._has(r.url):
-            token = self._fresh_token() or self._perform(self._credentials.obtain(self._terms), r)
+            token = self._fresh_token() or self._perform(self._token(r))
             r.headers["Authorization"] = token.authorization
             r.hooks["response"].append(_Hook(self._mend, token))
         return r
 
     def _mend(self, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
-        """Renew a `token` that the API refused, and send the request once more if its body can be sent again."""
-        if not self._is_refusal(response, token):
+        """Return what comes of sending a request once more whose `token` the API refused, or `response`."""
+        if response.status_code != 401:
             return response
-        request, _ = response.request, response.content  # once it is read, its connection is free
-        renewed = self._perform(self._credentials.renew(token, self._terms), request)
-        if renewed is None or not _rewound(request):
+        response.content  # noqa: B018  once it is read, its connection is free for what follows
+        request = self._perform(self._replay(token, response))
+        if request is None:
             return response
-        replay = request.copy()
-        replay.headers["Authorization"] = renewed.authorization
-        answer: requests.Response = response.connection.send(replay, **kwargs)
+        answer: requests.Response = response.connection.send(request.copy(), **kwargs)
         answer.history.append(response)
-        self._credentials.judge(answer.status_code != 401, self._terms)
+        self._credentials.judge(answer.status_code, self._terms)
         return answer
 
     def _has(self, url: Any) -> bool:
@@ -86,12 +82,20 @@ class NexusAuth(BaseAuth, AuthBase):
             and not requests.sessions.SessionRedirectMixin().should_strip_auth(self._origin, url)
         )
 
-    def _send(self, request: TokenRequest) -> requests.Response:
+    def _rewound(self, request: requests.PreparedRequest, _: Any) -> bool:
+        with contextlib.suppress(requests.exceptions.UnrewindableBodyError, ValueError):  # ValueError: closed meanwhile
+            if not isinstance(request.body, (bytes, str, type(None))):
+                requests.utils.rewind_body(request)
+            return True
+        return False
+
+    def _send(self, timeout: float) -> requests.Response:
         # By the adapter, not the session: no header, cookie, hook or auth of a session gets in, and no redirect.
-        prepared = requests.Request("POST", request.url, headers=HEADERS, data=request.form()).prepare()
+        url = self.environment.token_endpoint
+        prepared = requests.Request("POST", url, headers=HEADERS, data=form(self._terms)).prepare()
         with contextlib.nullcontext(self._lent) if self._lent else requests.Session() as session:
-            settings = session.merge_environment_settings(request.url, {}, False, None, None)
-            response = session.get_adapter(request.url).send(prepared, timeout=request.timeout, **settings)
+            settings = session.merge_environment_settings(url, {}, False, None, None)
+            response = session.get_adapter(url).send(prepared, timeout=timeout, **settings)
             response.content  # noqa: B018  read before the session closes
             return response
 
@@ -100,21 +104,14 @@ class _Hook(functools.partial[requests.Response]):
     """A response hook that stays behind when its request is pickled, with a response or an error: it has the secret."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial, (_pass_on,)
-
-
-def _pass_on(response: requests.Response, **_: Any) -> requests.Response:
-    return response
+        return functools.partial, (requests.hooks.dispatch_hook, "response", {})  # a hook that does nothing
 
 
 class NexusSession(requests.Session):
     """A `requests.Session` that takes paths relative to `base_url`, and keeps the token on redirects within it."""
 
     __attrs__: list[str] = [*requests.Session.__attrs__, "base_url"]  # noqa: RUF012
-
-    def __init__(self, base_url: str) -> None:
-        super().__init__()
-        self.base_url = base_url
+    base_url: str
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
         """Prepare `request`, its URL joined to `base_url` unless it is absolute."""
@@ -141,19 +138,10 @@ def nexus_session(client_id: str, client_secret: str, environment: Environment |
     `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`. The other arguments and the errors are those of
     `NexusAuth` (`timeout` is for token requests; requests takes that of an API call with each call).
     """
-    session = NexusSession(Environment.of(environment).base_url)
+    session = NexusSession()
+    session.base_url = Environment.of(environment).base_url
     session.auth = NexusAuth(client_id, client_secret, environment, scope=scope, leeway=leeway, timeout=timeout,
                              max_wait=max_wait, session=session)  # fmt: skip
     if iso8601:
         session.headers["request_iso8601"] = "true"
     return session
-
-
-def _rewound(request: requests.PreparedRequest) -> bool:
-    """Tell whether the body of `request` can be sent again whole, and set it back to where it started."""
-    try:
-        if request.body is not None and not isinstance(request.body, (bytes, str)):
-            requests.utils.rewind_body(request)
-    except (requests.exceptions.UnrewindableBodyError, ValueError):  # ValueError: closed meanwhile
-        return False
-    return True

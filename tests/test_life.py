@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -35,8 +36,8 @@ from test_load import GatedSandbox, url, use_up
 
 from nexus_auth import Environment, NexusAuthError, TokenRequestError, TokenWaitError, credentials
 from nexus_auth.credentials import KNOWN, Credentials, credentials_of
-from nexus_auth.grant import IMPORTING, Acquire, Sleep, Terms, Token, TokenRequest
-from nexus_auth.quota import Quota
+from nexus_auth.grant import IMPORTING, Sleep, Terms, Token, TokenRequest
+from nexus_auth.quota import LOCK, Quota
 from nexus_auth.testing import NexusSandbox
 
 SYNC = [driver for driver in DRIVERS if not isinstance(driver, AsyncHTTPX)]
@@ -61,7 +62,6 @@ class Client(Credentials):
         self.time = Clock()
         self.clock = self.time
         self.terms = terms()
-        self.free = True  # whether nobody else holds the lock
         self.steps: list[Any] = []
 
     def perform(self, steps: Any, *answers: Any, takes: float = 0.0) -> Any:
@@ -79,11 +79,8 @@ class Client(Credentials):
             if isinstance(step, TokenRequest):
                 self.time.now += takes
                 answer = waiting.pop(0)
-            elif isinstance(step, Sleep):
-                self.time.now += step.seconds
-                answer = None
             else:
-                answer = self.free
+                self.time.now += step.seconds
 
     def obtained(self, *answers: Any, terms: Terms | None = None, takes: float = 0.0) -> Any:
         return self.perform(self.obtain(terms or self.terms), *answers, takes=takes)
@@ -111,16 +108,18 @@ FAULTS: dict[str, list[Any]] = {
     "invalid_client": [response({"error": "invalid_client"}, 400)],
     "down": [fault(503)] * 4,
     "unreachable": [ConnectError("no route")] * 4,
-    "closed": [RuntimeError("the client is closed")],
     "later": [fault(429, Retry_After="1000")],
 }
 
 
 def test_the_first_token_is_fetched_under_the_lock(client: Client) -> None:
-    assert client.obtained(GOOD).authorization == "Bearer t0ken"
-    lock, request = client.steps
-    assert lock == Acquire(75)
-    assert isinstance(request, TokenRequest)
+    steps = client.obtain(client.terms)
+    assert next(steps) == TokenRequest(10)
+    assert client.lock.locked()
+    with pytest.raises(StopIteration) as done:
+        steps.send(GOOD)
+    assert done.value.value.authorization == "Bearer t0ken"
+    assert not client.lock.locked()
 
 
 def test_a_fresh_token_takes_no_step(client: Client) -> None:
@@ -130,57 +129,107 @@ def test_a_fresh_token_takes_no_step(client: Client) -> None:
     assert client.steps == []
 
 
-def test_who_waited_takes_what_another_fetched(client: Client) -> None:
-    steps = client.obtain(client.terms)
-    assert isinstance(next(steps), Acquire)
-    token = client.obtained(GOOD)
+def test_who_waits_takes_what_another_fetches(client: Client) -> None:
+    fetching, waiting = (client.obtain(client.terms) for _ in range(2))
+    assert isinstance(next(fetching), TokenRequest)
+    assert isinstance(next(waiting), Sleep)
+    with pytest.raises(StopIteration) as fetched:
+        fetching.send(GOOD)
     with pytest.raises(StopIteration) as done:
-        steps.send(True)
-    assert done.value.value is token
+        next(waiting)
+    assert done.value.value is fetched.value.value
 
 
-def test_who_waited_shares_the_failure_of_another(client: Client) -> None:
-    steps = client.obtain(client.terms)
-    next(steps)
+def test_who_waits_shares_the_failure_of_another(client: Client) -> None:
+    fetching, waiting = (client.obtain(client.terms) for _ in range(2))
+    next(fetching)
+    assert isinstance(next(waiting), Sleep)
     with pytest.raises(LibraryTokenRequestError):
-        client.obtained(*FAULTS["invalid_client"])
+        fetching.send(*FAULTS["invalid_client"])
     with pytest.raises(LibraryTokenRequestError) as raised:
-        steps.send(True)
+        next(waiting)
     assert raised.value.error == "invalid_client"
 
 
+def test_who_waits_takes_over_when_the_other_breaks_off(client: Client) -> None:
+    fetching, waiting = (client.obtain(client.terms) for _ in range(2))
+    next(fetching)
+    assert isinstance(next(waiting), Sleep)
+    fetching.close()
+    assert isinstance(next(waiting), TokenRequest)
+
+
 def test_who_waited_too_long_is_told(client: Client) -> None:
-    client.free = False
-    with pytest.raises(LibraryTokenWaitError):
+    start = client.time.now
+    with client.lock, pytest.raises(LibraryTokenWaitError, match="another caller"):
         client.obtained()
-    assert client.steps == [Acquire(75)]
+    assert client.time.now == start + 75
+    assert all(isinstance(step, Sleep) for step in client.steps)
+
+
+def test_who_waits_looks_ever_more_rarely_but_never_much_too_late(client: Client) -> None:
+    with client.lock, pytest.raises(LibraryTokenWaitError):
+        client.obtained()
+    waited, looks = 0.0, [step.seconds for step in client.steps]
+    for pause in looks:
+        assert 0 < pause <= 0.011 + waited / 4
+        waited += pause
+    assert len(looks) < 50
 
 
 def test_the_wait_for_others_counts_as_a_wait(client: Client) -> None:
-    steps = client.obtain(client.terms)
-    next(steps)
+    fetching, waiting = (client.obtain(client.terms) for _ in range(2))
+    next(fetching)
+    next(waiting)
     client.time.now += 70
-    step = steps.send(True)
-    assert isinstance(step, TokenRequest)
-    assert step.timeout == 5
+    fetching.close()
+    assert next(waiting) == TokenRequest(5)
     with pytest.raises(LibraryTokenWaitError):
-        steps.send(fault(503, Retry_After="6"))
+        waiting.send(fault(503, Retry_After="6"))
+
+
+def test_what_changed_on_the_way_to_the_lock_is_looked_at_again(client: Client) -> None:
+    """Between a look at the token and the lock, another thread may have fetched one, or failed to."""
+
+    class LateLock:
+        def __init__(self, *answers: Any) -> None:
+            self.answers = answers
+
+        def acquire(self, blocking: bool) -> bool:
+            client.lock = lock
+            with contextlib.suppress(LibraryError):
+                client.obtained(*self.answers)
+            return lock.acquire(blocking)
+
+        def release(self) -> None:
+            lock.release()
+
+    lock, late = client.lock, LateLock(*FAULTS["invalid_client"])
+    client.lock = late  # type: ignore[assignment]
+    with pytest.raises(LibraryTokenRequestError):
+        client.obtained()
+    client.time.now += 11
+    client.lock = LateLock(GOOD)  # type: ignore[assignment]
+    assert client.obtained() is client.token
+    assert not lock.locked()
 
 
 def test_a_stale_token_is_renewed_by_one_and_used_by_the_others(stale: Client) -> None:
     old = stale.token
-    stale.free = False
-    assert stale.obtained() is old
-    assert stale.steps == [Acquire(0)]
-    stale.free = True
+    with stale.lock:
+        assert stale.obtained() is old
+        assert stale.steps == []
     new = stale.obtained(NEXT)
     assert new is stale.token is not old
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_renewal_that_fails_is_tried_once_and_again_after_a_pause(stale: Client, name: str) -> None:
+CLOSED = RuntimeError("the client is closed")  # which is the fault of what was lent, and of no token endpoint
+
+
+@pytest.mark.parametrize("fault", [*(answers[0] for answers in FAULTS.values()), CLOSED], ids=str)
+def test_a_renewal_that_fails_is_tried_once_and_again_after_a_pause(stale: Client, fault: Any) -> None:
     old = stale.token
-    assert stale.obtained(FAULTS[name][0]) is old
+    assert stale.obtained(fault) is old
     assert not any(isinstance(step, Sleep) for step in stale.steps)
     stale.time.now += 4.9
     assert stale.obtained() is old
@@ -193,13 +242,12 @@ def test_a_token_that_expires_while_its_renewal_fails_is_not_used(stale: Client)
     """What comes of it is another token or an error, but no 401 of the API to an expired token."""
     old = stale.token
     steps = stale.obtain(stale.terms)
-    assert next(steps) == Acquire(0)
-    assert isinstance(steps.send(True), TokenRequest)
+    assert isinstance(next(steps), TokenRequest)
     stale.time.now += 31
-    try:
-        assert isinstance(steps.send(ConnectError("timed out")), (TokenRequest, Acquire, Sleep))
-    except LibraryError:
-        assert stale.token is old
+    assert isinstance(steps.send(ConnectError("timed out")), TokenRequest)
+    with pytest.raises(StopIteration) as done:
+        steps.send(NEXT)
+    assert done.value.value is stale.token is not old
 
 
 def test_an_expired_token_is_replaced_at_once_although_its_renewal_failed(stale: Client) -> None:
@@ -221,8 +269,15 @@ def test_a_failure_is_remembered_for_a_moment(client: Client, name: str) -> None
         assert client.steps == []
         assert again.value is not first.value
         assert again.value.args == first.value.args
-        assert name == "closed" or (type(again.value), vars(again.value)) == (type(first.value), vars(first.value))
+        assert (type(again.value), vars(again.value)) == (type(first.value), vars(first.value))
     client.time.now += 0.2
+    assert client.obtained(GOOD).authorization == "Bearer t0ken"
+
+
+def test_what_one_lent_fails_no_other(client: Client) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        client.obtained(CLOSED)
+    assert raised.value is CLOSED
     assert client.obtained(GOOD).authorization == "Bearer t0ken"
 
 
@@ -268,8 +323,7 @@ def test_with_little_patience_a_failure_is_remembered_as_well(client: Client) ->
 
 def test_broken_off_nothing_is_remembered(client: Client) -> None:
     steps = client.obtain(client.terms)
-    next(steps)
-    assert isinstance(steps.send(True), TokenRequest)
+    assert isinstance(next(steps), TokenRequest)
     steps.close()
     assert client.obtained(GOOD).authorization == "Bearer t0ken"
 
@@ -313,7 +367,7 @@ def test_renewals_that_do_not_help_are_ever_rarer(client: Client) -> None:
             renewals.append(client.time.now)
         if renewed:
             token = renewed
-            client.judge(False, client.terms)
+            client.judge(401, client.terms)
         client.time.now += 0.5
     pauses = [after - before for before, after in itertools.pairwise(renewals)]
     assert len(renewals) < 20
@@ -322,7 +376,7 @@ def test_renewals_that_do_not_help_are_ever_rarer(client: Client) -> None:
     assert 60 <= pauses[-1] <= 61
     client.time.now += 60
     assert client.renewed(token, NEXT)
-    client.judge(True, client.terms)
+    client.judge(200, client.terms)
     assert client.renewed(client.token, NEXT)
 
 
@@ -464,7 +518,7 @@ threads_fork = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Depreca
 @forks
 @threads_fork
 def test_a_forked_child_is_never_stuck(driver: Driver, gated: GatedSandbox) -> None:
-    """Not even when all locks are held, and a token request is under way, in threads that it does not have."""
+    """Not even when a token request is under way, in a thread that it does not have."""
     auth = driver.auth(gated)
     client = driver.client(auth)
     child_client = driver.client(driver.auth(gated))
@@ -481,21 +535,15 @@ def test_a_forked_child_is_never_stuck(driver: Driver, gated: GatedSandbox) -> N
         else:
             assert driver.get(child_client, gated_url).status == 200
         assert driver.auth(gated)._credentials is auth._credentials
-        assert [lock.locked() for lock in locks()] == [False] * 3
+        assert not any(lock.locked() for lock in (auth._credentials.lock, LOCK, IMPORTING))
         assert driver.door.NexusAuth("another", "secret", gated.environment)._credentials is not auth._credentials
-
-    def locks() -> list[Any]:
-        return [auth._credentials.lock, auth._credentials.quota.lock, credentials._lock]
 
     with ThreadPoolExecutor(1) as pool:
         gated.gate.clear()
         call = pool.submit(driver.get, client, url(gated))
         gated.arrived()
-        taken = [lock for lock in locks() if lock.acquire(blocking=False)]
         threading.Timer(0.1, gated.gate.set).start()
         done = in_child(child)
-        for lock in taken:
-            lock.release()
         assert call.result(30).status == 200
     assert done
     assert len(gated.token_requests) == 2
@@ -610,7 +658,7 @@ def test_a_call_with_its_token_waits_for_nobody(driver: Driver, sandbox: NexusSa
     auth = driver.auth(sandbox)
     client = driver.client(auth)
     driver.get(client, url(sandbox))
-    with auth._credentials.lock, auth._credentials.quota.lock, credentials._lock, ThreadPoolExecutor(1) as pool:
+    with auth._credentials.lock, LOCK, IMPORTING, ThreadPoolExecutor(1) as pool:
         assert pool.submit(driver.get, client, url(sandbox)).result(10).status == 200
     driver.close(client)
 
@@ -620,12 +668,22 @@ def test_a_token_is_small(client: Client) -> None:
     assert sum(map(sys.getsizeof, vars(token).values())) < 1000
 
 
+@forks
+@threads_fork
+def test_a_fork_waits_for_short_changes_to_be_done(sandbox: NexusSandbox) -> None:
+    """A lock that another thread holds for a moment would never be released in the child; nor would half a change."""
+    for lock in (LOCK, IMPORTING):
+        lock.acquire()
+        threading.Timer(0.1, lock.release).start()
+    DRIVERS[0].auth(sandbox)
+    assert in_child(lambda: os._exit(bool(LOCK.locked() or IMPORTING.locked())))
+    assert not LOCK.locked()
+    assert not IMPORTING.locked()
+
+
 def test_a_child_has_locks_of_its_own(sandbox: NexusSandbox) -> None:
     """What other threads of its parent held at the time of the fork nobody in the child would release."""
     held = credentials_of(sandbox.environment.token_endpoint, sandbox.client_id, sandbox.client_secret, "api1")
-    for lock in (held.lock, held.quota.lock, credentials._lock, IMPORTING):
-        assert lock.acquire(timeout=0)
-    credentials._replace_locks()
-    for lock in (held.lock, held.quota.lock, credentials._lock, IMPORTING):
-        with lock:
-            assert lock.locked()
+    assert held.lock.acquire(blocking=False)
+    credentials._unlock()
+    assert not held.lock.locked()
