@@ -5,8 +5,8 @@ secret in their body, show in `response.history` and event hooks, and their erro
 """
 
 import contextlib
-import copy
 import ssl
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
@@ -51,12 +51,12 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             yield request
             return
         marks = _bookmarks(request.stream, self._library)
-        token = self._fresh_token() or self._perform(self._token(request))
+        token = self._fresh_token() or self._perform(self._token, request)
         request.headers["Authorization"] = token.authorization
         response = yield request
         if response.status_code == 401:
             response.read()  # its connection is free for what follows
-            if replay := self._perform(self._replay(token, response, marks)):
+            if replay := self._perform(self._replay, token, response, marks):
                 self._credentials.judge((yield replay).status_code, self._terms)
 
     async def async_auth_flow(self, request: Any) -> AsyncGenerator[Any, Any]:
@@ -65,54 +65,52 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             yield request
             return
         marks = _bookmarks(request.stream, self._library)
-        token = self._fresh_token() or await self._perform_async(self._token(request))
+        token = self._fresh_token() or await self._perform_async(self._token, request)
         request.headers["Authorization"] = token.authorization
         response = yield request
         if response.status_code == 401:
             await response.aread()
-            if replay := await self._perform_async(self._replay(token, response, marks)):
+            if replay := await self._perform_async(self._replay, token, response, marks):
                 self._credentials.judge((yield replay).status_code, self._terms)
 
-    async def _perform_async(self, steps: Steps[Any]) -> Any:
+    async def _perform_async(self, steps_of: Callable[..., Steps[Any]], *arguments: Any) -> Any:
         """Do what `_perform` does, without blocking the event loop."""
         with IMPORTING:
-            import anyio.to_thread  # loaded late: it takes long, and blocking callers need none
+            from anyio import lowlevel, sleep, to_thread  # loaded late: it takes long, and blocking callers need none
 
-        answer: Any = None
-        with contextlib.closing(steps):
+        loop, answer = lowlevel.current_token(), None
+        lock = self._credentials.loop_locks.setdefault(getattr(loop, "native_token", loop), threading.Lock())
+        with contextlib.closing(steps_of(*arguments, lock)) as steps:
             while True:
                 try:
                     step = steps.send(answer)
                 except StopIteration as done:
                     return done.value
                 if isinstance(step, Sleep):
-                    await anyio.sleep(step.seconds)
+                    await sleep(step.seconds)
                     continue
                 try:
                     # Prepared in a thread: the first time it takes Authlib, and a new client a whole trust store.
-                    prepared = await anyio.to_thread.run_sync(self._prepare, self._library.AsyncClient, step.timeout)
-                    answer = await self._send_async(*prepared)
+                    opened, request = await to_thread.run_sync(self._prepare, self._library.AsyncClient, step.timeout)
+                    async with opened as client:
+                        answer = await client.send(request, auth=None, follow_redirects=False)
                 except Exception as failure:
                     answer = failure
 
-    async def _send_async(self, client: Any, request: Any) -> Any:
-        async with contextlib.nullcontext() if self._lent else client:
-            return await client.send(request, auth=None, follow_redirects=False)
-
     def _send(self, timeout: float) -> Any:
-        client, request = self._prepare(self._library.Client, timeout)
-        with contextlib.nullcontext() if self._lent else client:
+        opened, request = self._prepare(self._library.Client, timeout)
+        with opened as client:
             return client.send(request, auth=None, follow_redirects=False)
 
     def _rewound(self, request: Any, marks: Any) -> bool:
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            for file, position in marks or []:
+            for file, position in marks or ():
                 file.seek(position)
             return marks is not None or isinstance(request.stream, self._library.ByteStream)
         return False
 
     def _prepare(self, kind: Any, timeout: float) -> tuple[Any, Any]:
-        """Return a client for token requests, and the token request for it."""
+        """Return a context with a client for token requests, and the token request for it."""
         extensions = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), timeout)}
         url, body = self.environment.token_endpoint, form(self._terms)
         request = self._library.Request("POST", url, headers=HEADERS, content=body, extensions=extensions)
@@ -121,12 +119,14 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             return kind(verify=request.url.scheme == "https" or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)), request
         if not isinstance(self._lent, kind):
             raise TypeError(f"this call takes a {kind.__name__}, and the client lent to its auth is another")
-        client = copy.copy(self._lent)  # so that neither cookies nor hooks are shared
+        # All is as lent but cookies and hooks. A copy would read its __dict__, which slows CPython for its whole life.
+        view: Any = type("View", (self._lent.__class__,), {"__getattr__": self._lent.__getattribute__})
+        client = view.__new__(view)
         client.event_hooks = client.cookies = {}
-        return client, request
+        return contextlib.nullcontext(client), request
 
     def _has(self, url: Any) -> bool:
-        return (url.scheme, url.host, url.port) == self._origin or _origin(url) == self._origin
+        return _origin(url) == self._origin
 
 
 class ClientFactory(Generic[C]):
@@ -152,9 +152,8 @@ class ClientFactory(Generic[C]):
         return client  # type: ignore[no-any-return]
 
 
-def _origin(url: Any) -> tuple[str, str, int | None]:
-    is_default = url.port == {"https": 443, "http": 80}.get(url.scheme)
-    return url.scheme, url.host.lower(), None if is_default else url.port
+def _origin(url: Any) -> tuple[str, str, int]:
+    return url.scheme, url.host.lower(), url.port or (443 if url.scheme == "https" else 80)
 
 
 def _bookmarks(stream: Any, library: Any) -> list[tuple[Any, int]] | None:

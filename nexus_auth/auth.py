@@ -4,7 +4,9 @@ import contextlib
 import copy
 import os
 import re
+import threading
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 from .credentials import credentials_of
@@ -81,7 +83,7 @@ class BaseAuth:
 
     def __call__(self, request: Any) -> Any:
         """Raise `TypeError`: an auth of this library was given to another."""
-        own, other = (kind.__module__.partition(".")[0] for kind in (self._errors[0], type(request)))
+        own, other = (kind.__module__.partition(".")[0] for kind in (self._errors[0], request.__class__))
         raise TypeError(f"this NexusAuth is for {own}; for {other}: from {__package__}.{other} import NexusAuth")
 
     def _has(self, url: Any) -> Any:
@@ -97,30 +99,30 @@ class BaseAuth:
         token = self._credentials.token
         return token if token and token.is_fresh(time.monotonic(), self._terms.leeway) else None
 
-    def _token(self, request: Any, refused: Token | None = None) -> Steps[Any]:
+    def _token(self, request: Any, lock: threading.Lock, refused: Token | None = None) -> Steps[Any]:
         """Yield the steps to a token for `request`, and return it; None if another than `refused` would not help."""
         known, terms = self._credentials, self._terms
         try:
-            return (yield from known.renew(refused, terms) if refused else known.obtain(terms))
+            return (yield from known.renew(refused, terms, lock) if refused else known.obtain(terms, lock))
         except self._errors[0] as error:
             error.request = request  # type: ignore[attr-defined]  # the token request has the secret in it
             raise
 
-    def _replay(self, refused: Token, response: Any, marks: Any = None) -> Steps[Any]:
+    def _replay(self, refused: Token, response: Any, marks: Any, lock: threading.Lock) -> Steps[Any]:
         """Yield the steps after the 401 that is `response`, and return the request to be sent once more, if any."""
         request = response.request  # after redirects within the API, the last one
         if request.headers.get("Authorization") != refused.authorization or not self._has(request.url):
             return None  # a stranger says so, whom the API redirected to
-        token = yield from self._token(request, refused)
+        token = yield from self._token(request, lock, refused)
         if token is None or not self._rewound(request, marks):
             return None
         request.headers["Authorization"] = token.authorization
         return request
 
-    def _perform(self, steps: Steps[Any]) -> Any:
-        """Perform `steps`, blocking, and return what they come to."""
+    def _perform(self, steps_of: Callable[..., Steps[Any]], *arguments: Any) -> Any:
+        """Perform the steps of a method, blocking, and return what they come to."""
         answer: Any = None
-        with contextlib.closing(steps):
+        with contextlib.closing(steps_of(*arguments, self._credentials.lock)) as steps:
             while True:
                 try:
                     step = steps.send(answer)

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from .errors import NexusAuthError, TokenRequestError, TokenWaitError
 from .grant import IMPORTING, Sleep, Steps, Terms, Token, client_credentials_grant, logger
@@ -27,7 +28,10 @@ class Credentials:
 
     def __init__(self, quota: Quota) -> None:
         self.quota = quota
-        self.lock: threading.Lock = threading.Lock()  # held by the one that fetches, and never waited for
+        # Held by who fetches, one among all threads and one in each event loop: a caller that waited for another loop
+        # might wait for one that has ended, or that it holds up itself. Nobody blocks on them.
+        self.lock: threading.Lock = threading.Lock()
+        self.loop_locks: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
         self.clock: Callable[[], float] = time.monotonic
         self.forget()
 
@@ -38,9 +42,9 @@ class Credentials:
         self._refused: Token | None = None
         self._next_try = self._ahead_after = self._pause = self._patience = 0.0
 
-    def obtain(self, terms: Terms, refused: Token | None = None) -> Steps[Token]:
+    def obtain(self, terms: Terms, lock: threading.Lock, refused: Token | None = None) -> Steps[Token]:
         """Yield the steps to a token that serves, as `refused` does not, and return it."""
-        begun, lock = self.clock(), self.lock
+        begun = self.clock()
         while True:
             token, failure, now = self.token, self._failure, self.clock()
             left = begun + terms.max_wait - now
@@ -65,11 +69,11 @@ class Credentials:
             else:  # looks that grow rarer: none comes later than a hundredth of a second and a quarter of the wait
                 yield Sleep(min(left, 0.01 + (now - begun) / 4))
 
-    def renew(self, refused: Token, terms: Terms) -> Steps[Token | None]:
+    def renew(self, refused: Token, terms: Terms, lock: threading.Lock) -> Steps[Token | None]:
         """Yield the steps after a 401 to `refused`, and return another token; None while renewing does not help."""
         if self.token is refused and self.clock() < self._next_try and not self._failure:
             return None
-        token = yield from self.obtain(terms, refused)
+        token = yield from self.obtain(terms, lock, refused)
         if self._refused is not refused:
             self._refused = refused
             self._next_try, self._pause = self.clock() + self._pause, min(2 * self._pause or 1.0, MAX_PAUSE)
@@ -137,7 +141,7 @@ def forget_tokens() -> None:
 def _unlock() -> None:
     """Free a forked child of what other threads of its parent were fetching."""
     for credentials in list(_live.values()):
-        credentials.lock = threading.Lock()
+        credentials.lock, credentials.loop_locks = threading.Lock(), weakref.WeakKeyDictionary()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows does not fork

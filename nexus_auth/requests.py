@@ -57,7 +57,7 @@ class NexusAuth(BaseAuth, AuthBase):
         if not isinstance(r, requests.PreparedRequest):
             return super().__call__(r)
         if self._has(r.url):
-            token = self._fresh_token() or self._perform(self._token(r))
+            token = self._fresh_token() or self._perform(self._token, r)
             r.headers["Authorization"] = token.authorization
             r.hooks["response"].append(_Hook(self._mend, token))
         return r
@@ -67,7 +67,7 @@ class NexusAuth(BaseAuth, AuthBase):
         if response.status_code != 401:
             return response
         response.content  # noqa: B018  once it is read, its connection is free for what follows
-        request = self._perform(self._replay(token, response))
+        request = self._perform(self._replay, token, response, None)
         if request is None:
             return response
         answer: requests.Response = response.connection.send(request.copy(), **kwargs)
@@ -82,7 +82,7 @@ class NexusAuth(BaseAuth, AuthBase):
             and not requests.sessions.SessionRedirectMixin().should_strip_auth(self._origin, url)
         )
 
-    def _rewound(self, request: requests.PreparedRequest, _: Any) -> bool:
+    def _rewound(self, request: requests.PreparedRequest, marks: Any) -> bool:  # noqa: ARG002
         with contextlib.suppress(requests.exceptions.UnrewindableBodyError, ValueError):  # ValueError: closed meanwhile
             if not isinstance(request.body, (bytes, str, type(None))):
                 requests.utils.rewind_body(request)
@@ -104,7 +104,11 @@ class _Hook(functools.partial[requests.Response]):
     """A response hook that stays behind when its request is pickled, with a response or an error: it has the secret."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial, (requests.hooks.dispatch_hook, "response", {})  # a hook that does nothing
+        return functools.partial, (_pass_on,)
+
+
+def _pass_on(response: requests.Response, **_: Any) -> requests.Response:
+    return response
 
 
 class NexusSession(requests.Session):

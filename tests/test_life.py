@@ -83,10 +83,10 @@ class Client(Credentials):
                 self.time.now += step.seconds
 
     def obtained(self, *answers: Any, terms: Terms | None = None, takes: float = 0.0) -> Any:
-        return self.perform(self.obtain(terms or self.terms), *answers, takes=takes)
+        return self.perform(self.obtain(terms or self.terms, self.lock), *answers, takes=takes)
 
     def renewed(self, refused: Any, *answers: Any) -> Any:
-        return self.perform(self.renew(refused, self.terms), *answers)
+        return self.perform(self.renew(refused, self.terms, self.lock), *answers)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ FAULTS: dict[str, list[Any]] = {
 
 
 def test_the_first_token_is_fetched_under_the_lock(client: Client) -> None:
-    steps = client.obtain(client.terms)
+    steps = client.obtain(client.terms, client.lock)
     assert next(steps) == TokenRequest(10)
     assert client.lock.locked()
     with pytest.raises(StopIteration) as done:
@@ -130,7 +130,7 @@ def test_a_fresh_token_takes_no_step(client: Client) -> None:
 
 
 def test_who_waits_takes_what_another_fetches(client: Client) -> None:
-    fetching, waiting = (client.obtain(client.terms) for _ in range(2))
+    fetching, waiting = (client.obtain(client.terms, client.lock) for _ in range(2))
     assert isinstance(next(fetching), TokenRequest)
     assert isinstance(next(waiting), Sleep)
     with pytest.raises(StopIteration) as fetched:
@@ -141,7 +141,7 @@ def test_who_waits_takes_what_another_fetches(client: Client) -> None:
 
 
 def test_who_waits_shares_the_failure_of_another(client: Client) -> None:
-    fetching, waiting = (client.obtain(client.terms) for _ in range(2))
+    fetching, waiting = (client.obtain(client.terms, client.lock) for _ in range(2))
     next(fetching)
     assert isinstance(next(waiting), Sleep)
     with pytest.raises(LibraryTokenRequestError):
@@ -152,7 +152,7 @@ def test_who_waits_shares_the_failure_of_another(client: Client) -> None:
 
 
 def test_who_waits_takes_over_when_the_other_breaks_off(client: Client) -> None:
-    fetching, waiting = (client.obtain(client.terms) for _ in range(2))
+    fetching, waiting = (client.obtain(client.terms, client.lock) for _ in range(2))
     next(fetching)
     assert isinstance(next(waiting), Sleep)
     fetching.close()
@@ -178,7 +178,7 @@ def test_who_waits_looks_ever_more_rarely_but_never_much_too_late(client: Client
 
 
 def test_the_wait_for_others_counts_as_a_wait(client: Client) -> None:
-    fetching, waiting = (client.obtain(client.terms) for _ in range(2))
+    fetching, waiting = (client.obtain(client.terms, client.lock) for _ in range(2))
     next(fetching)
     next(waiting)
     client.time.now += 70
@@ -241,7 +241,7 @@ def test_a_renewal_that_fails_is_tried_once_and_again_after_a_pause(stale: Clien
 def test_a_token_that_expires_while_its_renewal_fails_is_not_used(stale: Client) -> None:
     """What comes of it is another token or an error, but no 401 of the API to an expired token."""
     old = stale.token
-    steps = stale.obtain(stale.terms)
+    steps = stale.obtain(stale.terms, stale.lock)
     assert isinstance(next(steps), TokenRequest)
     stale.time.now += 31
     assert isinstance(steps.send(ConnectError("timed out")), TokenRequest)
@@ -322,7 +322,7 @@ def test_with_little_patience_a_failure_is_remembered_as_well(client: Client) ->
 
 
 def test_broken_off_nothing_is_remembered(client: Client) -> None:
-    steps = client.obtain(client.terms)
+    steps = client.obtain(client.terms, client.lock)
     assert isinstance(next(steps), TokenRequest)
     steps.close()
     assert client.obtained(GOOD).authorization == "Bearer t0ken"

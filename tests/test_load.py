@@ -209,7 +209,7 @@ def test_who_comes_with_an_older_token_takes_the_newer(driver: Driver, sandbox: 
     sandbox.revoke_tokens()
     driver.get(client, url(sandbox))
     for _ in range(3):
-        renewal = auth._credentials.renew(older, auth._terms)
+        renewal = auth._credentials.renew(older, auth._terms, auth._credentials.lock)
         with pytest.raises(StopIteration) as done:
             next(renewal)
         assert done.value.value is auth._credentials.token
@@ -401,17 +401,38 @@ def test_to_cancel_an_asyncio_task_harms_nobody_else(loops: AsyncHTTPX, gated: G
     async def main() -> None:
         async with loops.client(auth) as client:
             tasks = [asyncio.ensure_future(client.get(url(gated))) for _ in range(10)]
-            for fetching in (0, 1):  # when it is cancelled, the next one fetches
-                await asyncio.to_thread(gated.arrived, fetching + 1)
-                tasks[fetching].cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await tasks[fetching]
+            await asyncio.to_thread(gated.arrived)
+            tasks[0].cancel()  # which was the first to ask, so that it fetches
+            with pytest.raises(asyncio.CancelledError):
+                await tasks[0]
+            await asyncio.to_thread(gated.arrived, 2)  # another does now
             gated.gate.set()
-            assert {response.status_code for response in await asyncio.gather(*tasks[2:])} == {200}
+            assert {response.status_code for response in await asyncio.gather(*tasks[1:])} == {200}
 
     gated.gate.clear()
     asyncio.run(main())
-    assert len(gated.token_requests) == 3
+    assert len(gated.token_requests) == 2
+
+
+@pytest.mark.parametrize("blocking", [driver for driver in DRIVERS if not isinstance(driver, AsyncHTTPX)], ids=repr)
+def test_who_blocks_an_event_loop_does_not_wait_for_it(
+    loops: AsyncHTTPX, blocking: Driver, gated: GatedSandbox
+) -> None:
+    """A blocking call in a coroutine, while a task of the same loop fetches, would wait for ever."""
+    auth, other = loops.auth(gated), blocking.client(blocking.auth(gated, max_wait=20))
+
+    async def main() -> None:
+        async with loops.client(auth) as client, anyio.create_task_group() as group:
+            group.start_soon(client.get, url(gated))
+            await anyio.to_thread.run_sync(gated.arrived)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(lambda: gated.arrived(2)).add_done_callback(lambda _: gated.gate.set())
+                assert blocking.get(other, url(gated)).status == 200
+
+    gated.gate.clear()
+    anyio.run(main, backend=loops.backend)
+    assert len(gated.token_requests) == 2
+    blocking.close(other)
 
 
 def test_a_cancelled_task_leaves_the_line_of_the_quota(loops: AsyncHTTPX, sandbox: NexusSandbox) -> None:
