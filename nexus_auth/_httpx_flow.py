@@ -1,4 +1,4 @@
-"""The flow that httpx and httpx2 share: one generator of requests and steps, and the two drivers of it.
+"""The auth flows that httpx and httpx2 share, one blocking and one not, and the clients that are made with them.
 
 Token requests do not go through httpx's own auth flow: there they would have no timeout, follow redirects with the
 secret in their body, show in `response.history` and event hooks, and their errors would never reach the flow.

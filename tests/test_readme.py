@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import nexus_auth
+from nexus_auth import grant
 from nexus_auth.testing import NexusSandbox
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -25,6 +26,7 @@ def test_example(
     monkeypatch.setenv("NEXUS_TOKEN_ENDPOINT", sandbox.environment.token_endpoint)
     monkeypatch.setenv("NEXUS_BASE_URL", sandbox.environment.base_url)
     monkeypatch.delenv("NEXUS_ENVIRONMENT", raising=False)
+    monkeypatch.setattr(grant, "BACKOFF", 0.002)
     names: dict[str, Any] = {
         "client_id": sandbox.client_id,
         "client_secret": sandbox.client_secret,
