@@ -413,6 +413,7 @@ class World:
         self.token_requests = 0
         self.seen: list[tuple[tuple[str, str, int | None], str | None]] = []
         self.redirects: dict[str, str] = {}
+        self.refusing: tuple[str, str, int | None] | None = None
 
     def client(self) -> Any:
         """Return a client whose every request comes here, signed."""
@@ -434,7 +435,8 @@ class World:
         path = urlsplit(str(request.url)).path
         if path in self.redirects:
             return 307, {"Location": self.redirects[path]}, b""
-        return (200 if request.headers.get("Authorization", "").startswith("Bearer ") else 401), {}, b""
+        signed = request.headers.get("Authorization", "").startswith("Bearer ")
+        return (200 if signed and origin != self.refusing else 401), {}, b""
 
     def _answer_httpx(self, request: Any) -> Any:
         scheme, host = request.url.scheme, request.url.raw_host.decode().strip("[]")
@@ -518,6 +520,19 @@ def check_told(world: World) -> None:
     for origin, told in world.told:
         assert told == (origin == API), (origin, told)
     assert world.token_requests <= 1
+
+
+def test_a_401_of_another_scheme_renews_nothing(driver: Driver) -> None:
+    """Redirected from http to https on the default ports of a host, both libraries take the header along."""
+    environment = Environment("local", token_endpoint="http://localhost/token", base_url="http://localhost")
+    world = World(driver, environment)
+    world.redirects["/up"] = "https://localhost/x"
+    world.refusing = ("https", "localhost", 443)
+    client = world.client()
+    assert driver.get(client, "http://localhost/up").status == 401
+    assert [origin for origin, _ in world.seen] == [("http", "localhost", 80), world.refusing]
+    assert world.token_requests == 1
+    driver.close(client)
 
 
 def test_its_own_origin_gets_the_token_however_spelt(driver: Driver) -> None:

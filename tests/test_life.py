@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -195,7 +195,7 @@ def test_what_changed_on_the_way_to_the_lock_is_looked_at_again(client: Client) 
         def __init__(self, *answers: Any) -> None:
             self.answers = answers
 
-        def acquire(self, blocking: bool) -> bool:
+        def acquire(self, blocking: bool) -> Any:
             client.lock = lock
             with contextlib.suppress(LibraryError):
                 client.obtained(*self.answers)
@@ -204,13 +204,13 @@ def test_what_changed_on_the_way_to_the_lock_is_looked_at_again(client: Client) 
         def release(self) -> None:
             lock.release()
 
-    lock, late = client.lock, LateLock(*FAULTS["invalid_client"])
-    client.lock = late  # type: ignore[assignment]
+    lock: Any = client.lock
+    client.lock = cast(Any, LateLock(GOOD))
+    assert client.obtained() is client.token
+    client.time.now += 3600
+    client.lock = cast(Any, LateLock(*FAULTS["invalid_client"]))
     with pytest.raises(LibraryTokenRequestError):
         client.obtained()
-    client.time.now += 11
-    client.lock = LateLock(GOOD)  # type: ignore[assignment]
-    assert client.obtained() is client.token
     assert not lock.locked()
 
 
@@ -279,6 +279,22 @@ def test_what_one_lent_fails_no_other(client: Client) -> None:
         client.obtained(CLOSED)
     assert raised.value is CLOSED
     assert client.obtained(GOOD).authorization == "Bearer t0ken"
+
+
+@pytest.mark.parametrize("driver", SYNC, ids=repr, indirect=True)
+def test_an_interrupt_leaves_nothing_locked(
+    driver: Driver, sandbox: NexusSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even while somebody looks at its traceback, and so at the frames that were fetching."""
+    auth = driver.auth(sandbox)
+    client = driver.client(auth)
+    monkeypatch.setattr(auth, "_send", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt) as raised:
+        driver.get(client, url(sandbox))
+    monkeypatch.undo()
+    assert driver.get(client, url(sandbox)).status == 200
+    assert raised.tb
+    driver.close(client)
 
 
 @pytest.mark.parametrize("name", FAULTS)
