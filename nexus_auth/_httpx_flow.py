@@ -87,11 +87,11 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                 except StopIteration as done:
                     return done.value
                 if isinstance(step, Sleep):
-                    await sleep(step.seconds)
+                    await sleep(step)
                     continue
                 try:
                     # Prepared in a thread: the first time it takes Authlib, and a new client a whole trust store.
-                    opened, request = await to_thread.run_sync(self._prepare, self._library.AsyncClient, step.timeout)
+                    opened, request = await to_thread.run_sync(self._prepare, self._library.AsyncClient, step)
                     async with opened as client:
                         answer = await client.send(request, auth=None, follow_redirects=False)
                 except Exception as failure:

@@ -129,9 +129,9 @@ class BaseAuth:
                 except StopIteration as done:
                     return done.value
                 if isinstance(step, Sleep):
-                    time.sleep(step.seconds)
+                    time.sleep(step)
                     continue
                 try:
-                    answer = self._send(step.timeout)
+                    answer = self._send(step)
                 except Exception as failure:
                     answer = failure

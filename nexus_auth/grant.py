@@ -50,19 +50,15 @@ class Terms(NamedTuple):
         return f"token endpoint {self.environment.token_endpoint} ({self.environment.name})"
 
 
-class Sleep(NamedTuple):
-    """Wait. Nothing is sent back."""
-
-    seconds: float
+class Sleep(float):
+    """Wait so many seconds. Nothing is sent back."""
 
 
-class TokenRequest(NamedTuple):
-    """POST `form` with `HEADERS` to the token endpoint, following no redirect; `timeout` is in seconds.
+class TokenRequest(float):
+    """POST `form` with `HEADERS` to the token endpoint, with a timeout of so many seconds; follow no redirect.
 
     Sent back: the HTTP library's response, or the exception that it raised.
     """
-
-    timeout: float
 
 
 Steps = Generator[Sleep | TokenRequest, Any, T]

@@ -244,6 +244,15 @@ def test_streams(driver: HTTPX, sandbox: NexusSandbox, revoked: bool) -> None:
     driver.close(client)
 
 
+def test_one_connection_is_enough(driver: HTTPX, sandbox: NexusSandbox) -> None:
+    """That of a 401 is free before a token is asked for through the same client."""
+    client = driver.ready_made(sandbox, limits=driver.library.Limits(max_connections=1), timeout=2)
+    driver.get(client, "/customer")
+    sandbox.revoke_tokens()
+    assert driver.get(client, "/customer").status == 200
+    driver.close(client)
+
+
 def test_cookies_of_a_mended_call_are_kept(driver: HTTPX, sandbox: NexusSandbox) -> None:
     client = driver.ready_made(sandbox)
     sandbox.answer("/customer", status=401, headers={"Set-Cookie": "refused=1; Path=/"})

@@ -80,7 +80,7 @@ class Client(Credentials):
                 self.time.now += takes
                 answer = waiting.pop(0)
             else:
-                self.time.now += step.seconds
+                self.time.now += step
 
     def obtained(self, *answers: Any, terms: Terms | None = None, takes: float = 0.0) -> Any:
         return self.perform(self.obtain(terms or self.terms, self.lock), *answers, takes=takes)
@@ -170,7 +170,7 @@ def test_who_waited_too_long_is_told(client: Client) -> None:
 def test_who_waits_looks_ever_more_rarely_but_never_much_too_late(client: Client) -> None:
     with client.lock, pytest.raises(LibraryTokenWaitError):
         client.obtained()
-    waited, looks = 0.0, [step.seconds for step in client.steps]
+    waited, looks = 0.0, client.steps
     for pause in looks:
         assert 0 < pause <= 0.011 + waited / 4
         waited += pause

@@ -266,6 +266,14 @@ def test_timeouts_and_verify_hold_for_what_is_sent_again(sandbox: NexusSandbox, 
         session.get("/slow", timeout=0.05)
 
 
+def test_one_connection_is_enough(sandbox: NexusSandbox, session: requests.Session) -> None:
+    """That of a 401 is free before a token is asked for through the same session, and before the call is sent again."""
+    session.mount("http://", HTTPAdapter(pool_maxsize=1, pool_block=True))
+    session.get("/customer")
+    sandbox.revoke_tokens()
+    assert session.get("/customer", stream=True).status_code == 200
+
+
 def test_cookies_of_a_mended_call_are_kept(sandbox: NexusSandbox, session: requests.Session) -> None:
     sandbox.answer("/customer", status=401, headers={"Set-Cookie": "refused=1; Path=/"})
     sandbox.answer("/customer", headers={"Set-Cookie": "accepted=1; Path=/"})
