@@ -290,6 +290,14 @@ def test_redirected_elsewhere_no_token_follows(
     assert len(sandbox.token_requests) == 1
 
 
+def test_what_a_redirect_made_of_it_can_be_sent_again(driver: Driver, sandbox: NexusSandbox, signed: Any) -> None:
+    """A POST that was answered 303 is a GET without a body, whatever body it had."""
+    sandbox.answer("/payment", status=303, headers={"Location": "/payment/1"})
+    sandbox.answer("/payment/1", status=401)
+    assert driver.send(signed, "POST", url(sandbox, "/payment"), driver.generator([b"once"])).status == 200
+    assert [(a.method, a.path) for a in sandbox.requests] == [("POST", "/payment"), *[("GET", "/payment/1")] * 2]
+
+
 def test_redirected_elsewhere_and_back(
     driver: Driver, sandbox: NexusSandbox, stranger: NexusSandbox, signed: Any
 ) -> None:
