@@ -7,6 +7,7 @@ secret in their body, show in `response.history` and event hooks, and their erro
 import contextlib
 import ssl
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
@@ -17,6 +18,9 @@ from .grant import HEADERS, IMPORTING, Sleep, Steps, form
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# One for the tasks of each event loop, for each set of credentials: who waited for another loop might wait for one that
+# has ended, or that it holds up itself.
+_locks: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, threading.Lock]] = weakref.WeakKeyDictionary()
 C = TypeVar("C")
 Headers = Mapping[str, str] | Sequence[tuple[str, str]]
 ClientOptions = TypedDict("ClientOptions", {  # what both libraries take; Any is a type of theirs
@@ -79,7 +83,8 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             from anyio import lowlevel, sleep, to_thread  # loaded late: it takes long, and blocking callers need none
 
         loop, answer = lowlevel.current_token(), None
-        lock = self._credentials.loop_locks.setdefault(getattr(loop, "native_token", loop), threading.Lock())
+        locks = _locks.setdefault(getattr(loop, "native_token", loop), weakref.WeakKeyDictionary())
+        lock = locks.setdefault(self._credentials, threading.Lock())
         with contextlib.closing(steps_of(*arguments, lock)) as steps:
             while True:
                 try:

@@ -11,7 +11,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 from .errors import NexusAuthError, TokenRequestError, TokenWaitError
 from .grant import IMPORTING, Sleep, Steps, Terms, Token, client_credentials_grant, logger
@@ -28,10 +27,7 @@ class Credentials:
 
     def __init__(self, quota: Quota) -> None:
         self.quota = quota
-        # Held by who fetches, one among all threads and one in each event loop: a caller that waited for another loop
-        # might wait for one that has ended, or that it holds up itself. Nobody blocks on them.
-        self.lock: threading.Lock = threading.Lock()
-        self.loop_locks: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
+        self.lock: threading.Lock = threading.Lock()  # of the thread that fetches; none blocks on it
         self.clock: Callable[[], float] = time.monotonic
         self.forget()
 
@@ -43,7 +39,10 @@ class Credentials:
         self._next_try = self._ahead_after = self._pause = self._patience = 0.0
 
     def obtain(self, terms: Terms, lock: threading.Lock, refused: Token | None = None) -> Steps[Token]:
-        """Yield the steps to a token that serves, as `refused` does not, and return it."""
+        """Yield the steps to a token that serves, as `refused` does not, and return it.
+
+        Who has `lock` fetches for all who come with it, and nobody blocks on it.
+        """
         begun = self.clock()
         while True:
             token, failure, now = self.token, self._failure, self.clock()
@@ -141,7 +140,7 @@ def forget_tokens() -> None:
 def _unlock() -> None:
     """Free a forked child of what other threads of its parent were fetching."""
     for credentials in list(_live.values()):
-        credentials.lock, credentials.loop_locks = threading.Lock(), weakref.WeakKeyDictionary()
+        credentials.lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows does not fork

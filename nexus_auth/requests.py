@@ -56,7 +56,7 @@ class NexusAuth(BaseAuth, AuthBase):
         """Sign `r`, if it goes to the Nexus API (requests calls this)."""
         if not isinstance(r, requests.PreparedRequest):
             return super().__call__(r)
-        if self._has(r.url):
+        if str(r.url).startswith(self._origin) or self._has(r.url):
             token = self._fresh_token() or self._perform(self._token, r)
             r.headers["Authorization"] = token.authorization
             r.hooks["response"].append(_Hook(self._mend, token))
@@ -76,11 +76,9 @@ class NexusAuth(BaseAuth, AuthBase):
         return answer
 
     def _has(self, url: Any) -> bool:
-        # Parsed is only what is spelt otherwise. Requests counts https as a better http, which here is another origin.
-        return url.startswith(self._origin) or (
-            url.partition(":")[0].lower() == self._origin.partition(":")[0]
-            and not requests.sessions.SessionRedirectMixin().should_strip_auth(self._origin, url)
-        )
+        # Requests counts https as a better http, which here is another origin.
+        is_other_scheme = url.partition(":")[0].lower() != self._origin.partition(":")[0]
+        return not is_other_scheme and not requests.sessions.SessionRedirectMixin().should_strip_auth(self._origin, url)
 
     def _rewound(self, request: requests.PreparedRequest, marks: Any) -> bool:  # noqa: ARG002
         with contextlib.suppress(requests.exceptions.UnrewindableBodyError, ValueError):  # ValueError: closed meanwhile
