@@ -60,8 +60,9 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         response = yield request
         if response.status_code == 401:
             response.read()  # its connection is free for what follows
-            if replay := self._perform(self._replay, token, response, marks):
-                self._credentials.judge((yield replay).status_code, self._terms)
+            if renewed := self._perform(self._renewed, token, response, marks):
+                response.request.headers["Authorization"] = renewed.authorization
+                self._credentials.judge((yield response.request).status_code, self._terms)
 
     async def async_auth_flow(self, request: Any) -> AsyncGenerator[Any, Any]:
         """Sign `request`, never blocking the event loop (httpx calls this)."""
@@ -74,8 +75,9 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         response = yield request
         if response.status_code == 401:
             await response.aread()
-            if replay := await self._perform_async(self._replay, token, response, marks):
-                self._credentials.judge((yield replay).status_code, self._terms)
+            if renewed := await self._perform_async(self._renewed, token, response, marks):
+                response.request.headers["Authorization"] = renewed.authorization
+                self._credentials.judge((yield response.request).status_code, self._terms)
 
     async def _perform_async(self, steps_of: Callable[..., Steps[Any]], *arguments: Any) -> Any:
         """Do what `_perform` does, without blocking the event loop."""

@@ -108,16 +108,13 @@ class BaseAuth:
             error.request = request  # type: ignore[attr-defined]  # the token request has the secret in it
             raise
 
-    def _replay(self, refused: Token, response: Any, marks: Any, lock: threading.Lock) -> Steps[Any]:
-        """Yield the steps after the 401 that is `response`, and return the request to be sent once more, if any."""
+    def _renewed(self, refused: Token, response: Any, marks: Any, lock: threading.Lock) -> Steps[Any]:
+        """Yield the steps after the 401 that is `response`, and return the token to send its request with once more."""
         request = response.request  # after redirects within the API, the last one
         if request.headers.get("Authorization") != refused.authorization or not self._has(request.url):
             return None  # a stranger says so, whom the API redirected to
         token = yield from self._token(request, lock, refused)
-        if token is None or not self._rewound(request, marks):
-            return None
-        request.headers["Authorization"] = token.authorization
-        return request
+        return token if token and self._rewound(request, marks) else None
 
     def _perform(self, steps_of: Callable[..., Steps[Any]], *arguments: Any) -> Any:
         """Perform the steps of a method, blocking, and return what they come to."""

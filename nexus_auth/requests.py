@@ -67,10 +67,12 @@ class NexusAuth(BaseAuth, AuthBase):
         if response.status_code != 401:
             return response
         response.content  # noqa: B018  once it is read, its connection is free for what follows
-        request = self._perform(self._replay, token, response, None)
-        if request is None:
+        renewed = self._perform(self._renewed, token, response, None)
+        if renewed is None:
             return response
-        answer: requests.Response = response.connection.send(request.copy(), **kwargs)
+        replay = response.request.copy()  # the caller's own may be sent again, with this hook
+        replay.headers["Authorization"] = renewed.authorization
+        answer: requests.Response = response.connection.send(replay, **kwargs)
         answer.history.append(response)
         self._credentials.judge(answer.status_code, self._terms)
         return answer

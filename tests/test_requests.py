@@ -266,6 +266,15 @@ def test_timeouts_and_verify_hold_for_what_is_sent_again(sandbox: NexusSandbox, 
         session.get("/slow", timeout=0.05)
 
 
+def test_a_prepared_request_can_be_sent_again_and_again(sandbox: NexusSandbox, session: requests.Session) -> None:
+    prepared = session.prepare_request(requests.Request("POST", "/payment", json={"amount": 1}))
+    for _ in range(3):
+        sandbox.revoke_tokens()
+        assert session.get("/customer").status_code == 200
+        assert session.send(prepared).status_code == 200
+    assert {arrival.body for arrival in sandbox.requests if arrival.method == "POST"} == {prepared.body}
+
+
 def test_one_connection_is_enough(sandbox: NexusSandbox, session: requests.Session) -> None:
     """That of a 401 is free before a token is asked for through the same session, and before the call is sent again."""
     session.mount("http://", HTTPAdapter(pool_maxsize=1, pool_block=True))
