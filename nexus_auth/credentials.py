@@ -145,5 +145,5 @@ def _unlock() -> None:
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows does not fork
     os.register_at_fork(after_in_child=_unlock)
-    for lock in (IMPORTING, LOCK):
-        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    for _lock in (IMPORTING, LOCK):
+        os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

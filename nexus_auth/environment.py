@@ -36,10 +36,11 @@ class Environment:
             raise kind(f"unknown environment {value!r}: 'test' or 'production', or an Environment")
         return known
 
-    def __setattr__(self, name: str, value: object = None) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"an Environment is frozen: {name} stays as it is")
 
-    __delattr__ = __setattr__
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Environment) and vars(self) == vars(other)
