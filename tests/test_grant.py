@@ -292,6 +292,12 @@ def test_after_four_tries_the_librarys_own_error_is_raised() -> None:
     assert (len(grant.requests), len(grant.sleeps)) == (4, 3)
 
 
+def test_the_same_error_raised_again_is_explained_once() -> None:
+    error = Grant(*[ConnectError("no route")] * 4).error()
+    assert str(error).count("could not be reached") == 1
+    assert str(error).endswith("ConnectError: no route")
+
+
 @pytest.mark.parametrize("failure", [RuntimeError("the client has been closed"), TypeError("odd"), OSError("disk")])
 def test_what_is_no_fault_of_the_endpoint_is_raised_at_once(failure: Exception) -> None:
     grant = Grant(failure)
