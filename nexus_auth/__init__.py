@@ -9,6 +9,7 @@ From then on every request of that session to the Nexus API carries a valid acce
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
 from .environment import PRODUCTION, TEST, Environment
 from .errors import NexusAuthError, TokenRequestError, TokenWaitError
 
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
     from .credentials import forget_tokens
     from .requests import NexusAuth, nexus_session
 
-__version__ = "0.1.0"
 __all__ = ["PRODUCTION", "TEST", "Environment", "NexusAuth", "NexusAuthError", "TokenRequestError", "TokenWaitError",
-           "forget_tokens", "nexus_session"]  # fmt: skip
+           "__version__", "forget_tokens", "nexus_session"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

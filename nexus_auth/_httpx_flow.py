@@ -1,27 +1,34 @@
-"""The auth flows that httpx and httpx2 share, one blocking and one not, and the clients that are made with them.
+"""The auth flows that httpx and httpx2 share, one blocking and one for event loops, and how both send token requests.
 
-Token requests do not go through httpx's own auth flow: there they would have no timeout, follow redirects with the
-secret in their body, show in `response.history` and event hooks, and their errors would never reach the flow.
+Token requests do not go through httpx's own auth flow: there they would have no timeout as a whole, follow redirects
+with the secret in their body, show in `response.history` and event hooks, and their errors would not reach the flow.
 """
 
 import contextlib
 import ssl
-import threading
+import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
-from .auth import BaseAuth
+from .auth import BaseAuth, merged_cookies, own_send
 from .environment import Environment
-from .grant import HEADERS, IMPORTING, Sleep, Steps, form
+from .event_loop import anyio, here, in_own_thread
+from .grant import HEADERS, authlib_client, form, logger, unpacked, user_agent
+from .known import Call, Decision
+from .secret import hidden
+from .steps import MAX_BODY, CallStore, Failed, Response, SendTokenRequest, Sleep, Steps
+from .threads import result_of, start_thread
+from .token import Token
+
+LEAST_LIMIT = 1.0  # seconds that a token request is given in any case
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from .auth import StoreArgument
 
-# One for the tasks of each event loop, for each set of credentials: who waited for another loop might wait for one that
-# has ended, or that it holds up itself.
-_locks: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, threading.Lock]] = weakref.WeakKeyDictionary()
 C = TypeVar("C")
+T = TypeVar("T")
 Headers = Mapping[str, str] | Sequence[tuple[str, str]]
 ClientOptions = TypedDict("ClientOptions", {  # what both libraries take; Any is a type of theirs
     "params": Any, "headers": Headers, "cookies": Any, "verify": ssl.SSLContext | str | bool, "cert": Any,
@@ -32,147 +39,319 @@ ClientOptions = TypedDict("ClientOptions", {  # what both libraries take; Any is
 
 
 class HTTPXAuth(BaseAuth, Generic[C]):
-    """The `NexusAuth` of both libraries; `_library` is the one that it signs for."""
+    """The `NexusAuth` of both libraries; `library` is the one that it signs for."""
 
-    _library: Any
+    library: ClassVar[Any]
 
-    def __init__(self, client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
-                 leeway: float = 60, timeout: float = 10, max_wait: float = 75, client: C | None = None,
-                 ) -> None:  # fmt: skip
-        if not isinstance(client, (self._library.Client, self._library.AsyncClient, type(None))):
-            raise TypeError(f"client must be a client of {self._library.__name__}, not {type(client).__name__}")
-        super().__init__(client_id, client_secret, environment, scope, leeway, timeout, max_wait, client)
+    def __init__(
+        self,
+        client_id: str,
+        client_secret: str,
+        environment: Environment | str,
+        *,
+        scope: str = "api1",
+        leeway: float = 60,
+        timeout: float = 10,
+        max_wait: float = 75,
+        store: "StoreArgument | None" = None,
+        client: C | None = None,
+    ) -> None:
+        client_secret, store = hidden(client_secret), hidden(store)
+        if not isinstance(client, (self.library.Client, self.library.AsyncClient, type(None))):
+            raise TypeError(f"client must be a client of {self.library.__name__}, not {type(client).__name__}")
+        super().__init__(
+            client_id, client_secret, environment,
+            scope=scope, leeway=leeway, timeout=timeout, max_wait=max_wait, store=store, lent=client,
+        )  # fmt: skip
         try:
-            self._library.URL(self.environment.token_endpoint)
-            url = self._library.URL(self.environment.base_url)
-        except self._library.InvalidURL as error:
-            raise ValueError(f"environment {self.environment}: {error}") from error
+            self.library.URL(self.environment.token_endpoint)
+            url = self.library.URL(self.environment.base_url)
+        except self.library.InvalidURL as error:
+            raise ValueError(f"environment {self.environment.name!r}: {error}") from error
         self._origin = _origin(url)
+
+    def __call__(self, request: Any) -> Any:
+        """Raise `TypeError`: an auth of this library was given to another."""
+        raise self._reject(request)
+
+    async def async_access_token(self, *, refused: str | None = None) -> str:
+        """Return what `access_token` returns, without blocking the event loop."""
+        decision = await self._obtain_async(self._insistent_call(refused), refused)
+        return self._token_of(decision).access_token
 
     def sync_auth_flow(self, request: Any) -> Generator[Any, Any, None]:
         """Sign `request`, blocking while a token is waited for (httpx calls this)."""
         if not self._has(request.url):
+            self._say_no_token_sent(request.url)
             yield request
             return
-        marks = _bookmarks(request.stream, self._library)
-        token = self._fresh_token() or self._perform(self._token, request)
+        call, body = Call(self._limits), Body.of(request.stream, self.library)
+        token = self._fresh_token() or self._token(self._obtain(call), request)
         request.headers["Authorization"] = token.authorization
         response = yield request
-        if response.status_code == 401:
-            response.read()  # its connection is free for what follows
-            if renewed := self._perform(self._renewed, token, response, marks):
-                response.request.headers["Authorization"] = renewed.authorization
-                self._credentials.judge((yield response.request).status_code, self._terms)
+        if not self._is_refused(token, response):
+            return
+        response.read()  # its connection is free for what follows
+        call.repeatable = body.rewind(response.request.stream)
+        decision = self._obtain(call, token.access_token)
+        if renewed := self._replay_token(decision, call, response.request):
+            with self._replay(call) as status_codes:
+                replay = yield self._replay_of(response, renewed)
+                status_codes.append(replay.status_code)
 
     async def async_auth_flow(self, request: Any) -> AsyncGenerator[Any, Any]:
         """Sign `request`, never blocking the event loop (httpx calls this)."""
         if not self._has(request.url):
+            self._say_no_token_sent(request.url)
             yield request
             return
-        marks = _bookmarks(request.stream, self._library)
-        token = self._fresh_token() or await self._perform_async(self._token, request)
+        call, body = Call(self._limits), Body.of(request.stream, self.library)
+        token = self._fresh_token() or self._token(await self._obtain_async(call), request)
         request.headers["Authorization"] = token.authorization
         response = yield request
-        if response.status_code == 401:
-            await response.aread()
-            if renewed := await self._perform_async(self._renewed, token, response, marks):
-                response.request.headers["Authorization"] = renewed.authorization
-                self._credentials.judge((yield response.request).status_code, self._terms)
+        if not self._is_refused(token, response):
+            return
+        await response.aread()
+        call.repeatable = body.rewind(response.request.stream)
+        decision = await self._obtain_async(call, token.access_token)
+        if renewed := self._replay_token(decision, call, response.request):
+            with self._replay(call) as status_codes:
+                replay = yield self._replay_of(response, renewed)
+                status_codes.append(replay.status_code)
 
-    async def _perform_async(self, steps_of: Callable[..., Steps[Any]], *arguments: Any) -> Any:
+    def _has(self, url: Any) -> bool:
+        """Tell whether `url` is within the environment's own origin."""
+        return _origin(url) == self._origin
+
+    def _is_refused(self, token: Token, response: Any) -> bool:
+        """Tell whether the API refused `token`; learn what it answered, if that is wanted."""
+        if response.status_code != 401 and not self._credentials.is_on_trial(token):
+            return False
+        request = response.request  # after redirects within the API, the last one
+        if request.headers.get("Authorization") != token.authorization or not self._has(request.url):
+            return False  # of a stranger to whom the API redirected
+        self._credentials.answered(token.access_token, response.status_code)
+        return bool(response.status_code == 401)
+
+    def _replay_of(self, refused: Any, token: Token) -> Any:
+        """Return the request of the response `refused` with another `token`, and the cookies that came with the 401."""
+        replay = refused.request
+        replay.headers["Authorization"] = token.authorization
+        sent = replay.headers.pop("Cookie", "")  # the libraries add none where there is one
+        self.library.Cookies(refused.cookies).set_cookie_header(replay)
+        if cookies := merged_cookies(sent, replay.headers.get("Cookie", "")):
+            replay.headers["Cookie"] = cookies
+        return replay
+
+    def _travelling(self) -> None:
+        if self._borrowed is not None:
+            logger.debug("the client that is lent stays behind when its auth is pickled")
+
+    async def _obtain_async(self, call: Call, refused: str | None = None) -> Decision:
+        """Return what came of the way to a token, without blocking the event loop."""
+        return await self._perform_async(self._credentials.obtain(call, here(), refused))
+
+    async def _perform_async(self, steps: Steps[T]) -> T:
         """Do what `_perform` does, without blocking the event loop."""
-        with IMPORTING:
-            from anyio import lowlevel, sleep, to_thread  # loaded late: it takes long, and blocking callers need none
-
-        loop, answer = lowlevel.current_token(), None
-        locks = _locks.setdefault(getattr(loop, "native_token", loop), weakref.WeakKeyDictionary())
-        lock = locks.setdefault(self._credentials, threading.Lock())
-        with contextlib.closing(steps_of(*arguments, lock)) as steps:
+        answer: Any = None
+        with contextlib.closing(steps):
             while True:
                 try:
                     step = steps.send(answer)
-                except StopIteration as done:
-                    return done.value
-                if isinstance(step, Sleep):
-                    await sleep(step)
-                    continue
-                try:
-                    # Prepared in a thread: the first time it takes Authlib, and a new client a whole trust store.
-                    opened, request = await to_thread.run_sync(self._prepare, self._library.AsyncClient, step)
-                    async with opened as client:
-                        answer = await client.send(request, auth=None, follow_redirects=False)
-                except Exception as failure:
-                    answer = failure
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]
+                answer = None
+                match step:
+                    case Sleep(seconds):
+                        await anyio().sleep(seconds)
+                    case SendTokenRequest():
+                        answer = await self._send_async(step)
+                    case CallStore(function, limit):
+                        with anyio().move_on_after(limit):
+                            answer = await in_own_thread(function)
 
-    def _send(self, timeout: float) -> Any:
-        opened, request = self._prepare(self._library.Client, timeout)
-        with opened as client:
-            return client.send(request, auth=None, follow_redirects=False)
+    def _send(self, step: SendTokenRequest) -> Response | Failed:
+        sender = self._sender(self.library.Client)
+        if not sender.may_repeat:
+            return self._exchange(step, sender)
+        limit = sender.limit(step)
+        answer = result_of(start_thread(lambda: self._exchange(step, sender)), limit)
+        return answer or _timed_out(limit)
 
-    def _rewound(self, request: Any, marks: Any) -> bool:
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            for file, position in marks or ():
-                file.seek(position)
-            return marks is not None or isinstance(request.stream, self._library.ByteStream)
-        return False
+    def _exchange(self, step: SendTokenRequest, sender: "Sender") -> Response | Failed:
+        """Return the answer to a token request, blocking."""
+        deadline = time.monotonic() + step.timeout
+        with contextlib.ExitStack() as stack:
+            try:
+                send = sender.send or stack.enter_context(self._own_client(self.library.Client)).send
+                response = send(self._token_request(step), auth=None, follow_redirects=False, stream=True)
+                stack.callback(response.close)
+                return Response(response.status_code, response.headers, self._body(response, deadline))
+            except self.library_error as error:
+                return self._failed(error)
 
-    def _prepare(self, kind: Any, timeout: float) -> tuple[Any, Any]:
-        """Return a context with a client for token requests, and the token request for it."""
-        extensions = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), timeout)}
-        url, body = self.environment.token_endpoint, form(self._terms)
-        request = self._library.Request("POST", url, headers=HEADERS, content=body, extensions=extensions)
-        if self._lent is None:
-            # An empty trust store is made at once, and plain http (loopback) needs no other.
-            return kind(verify=request.url.scheme == "https" or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)), request
-        if not isinstance(self._lent, kind):
+    async def _send_async(self, step: SendTokenRequest) -> Response | Failed:
+        sender = self._sender(self.library.AsyncClient)
+        limit = sender.limit(step)
+        with anyio().move_on_after(limit):
+            return await self._exchange_async(step, sender)
+        return _timed_out(limit)
+
+    async def _exchange_async(self, step: SendTokenRequest, sender: "Sender") -> Response | Failed:
+        """Return the answer to a token request, without blocking the event loop."""
+        if not authlib_client.is_loaded:
+            await in_own_thread(authlib_client)
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                send = sender.send
+                if send is None:
+                    # Made in a thread: its trust store takes long to read.
+                    client = await in_own_thread(lambda: self._own_client(self.library.AsyncClient))
+                    send = (await stack.enter_async_context(client)).send
+                response = await send(self._token_request(step), auth=None, follow_redirects=False, stream=True)
+                stack.push_async_callback(response.aclose)
+                return Response(response.status_code, response.headers, await self._async_body(response))
+            except self.library_error as error:
+                return self._failed(error)
+
+    def _token_request(self, step: SendTokenRequest) -> Any:
+        headers = {**HEADERS, "User-Agent": user_agent(f"python-{self.library.__name__}/{self.library.__version__}")}
+        extensions = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), step.timeout)}
+        url, content = step.client.token_endpoint, form(step.client)
+        return self.library.Request("POST", url, headers=headers, content=content, extensions=extensions)
+
+    def _own_client(self, kind: Any) -> Any:
+        """Return a client for one token request. Plain http is loopback: no proxy leads there, and it needs no TLS."""
+        if self.environment.token_endpoint.lower().startswith("http:"):
+            return kind(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), trust_env=False)
+        return kind()
+
+    def _sender(self, kind: Any) -> "Sender":
+        """Return what sends a request through the transport of the client that is lent, if one is.
+
+        Neither its cookies nor its hooks have a part in it. Raises `TypeError` for a client of another `kind`.
+        """
+        lent = self._borrowed
+        if lent is None:
+            return Sender(None)
+        if not isinstance(lent, kind):
             raise TypeError(f"this call takes a {kind.__name__}, and the client lent to its auth is another")
-        # All is as lent but cookies and hooks. A copy would read its __dict__, which slows CPython for its whole life.
-        view: Any = type("View", (self._lent.__class__,), {"__getattr__": self._lent.__getattribute__})
-        client = view.__new__(view)
-        client.event_hooks = client.cookies = {}
-        return contextlib.nullcontext(client), request
+        if lent.is_closed is True:
+            raise RuntimeError("the client that is lent for token requests has been closed")
+        if send := own_send(lent):
+            return Sender(send)
+        # There is no public way to the transport that a client takes for a URL: its mounts and proxies choose it.
+        transport = lent._transport_for_url(self.library.URL(self.environment.token_endpoint))
+        is_the_librarys = type(transport).__module__.partition(".")[0] == self.library.__name__
+        return Sender(kind(transport=transport, trust_env=False).send, may_repeat=not is_the_librarys)
 
-    def _has(self, url: Any) -> bool:
-        return _origin(url) == self._origin
+    def _body(self, response: Any, deadline: float) -> bytes | None:
+        """Return the body of `response`, None if it is longer than `MAX_BODY`; raise a timeout error at `deadline`."""
+        if response.is_stream_consumed:
+            return response.content if len(response.content) <= MAX_BODY else None  # by a mock
+        body = bytearray()
+        for chunk in response.iter_raw():
+            body += chunk
+            if len(body) > MAX_BODY:
+                return None
+            if time.monotonic() > deadline:
+                raise self.library.ReadTimeout("the answer has not come to its end in time")
+        return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
+
+    async def _async_body(self, response: Any) -> bytes | None:
+        """Return what `_body` returns; the deadline is that of the whole request."""
+        if response.is_stream_consumed:
+            return response.content if len(response.content) <= MAX_BODY else None
+        body = bytearray()
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > MAX_BODY:
+                return None
+        return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
 
 
-class ClientFactory(Generic[C]):
-    """Makes clients for the Nexus API: `client.get("/customer")`. Their settings hold for token requests too.
+@dataclass(frozen=True)
+class Sender:
+    """The function that sends a token request, None for that of a client of its own.
 
-    `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`; `client_options` are those of the HTTP library's client.
-    The other arguments and the errors are those of `NexusAuth`.
+    One that `may_repeat` it goes through a transport of others, which may retry and wait by itself.
     """
 
-    def __init__(self, kind: Callable[..., C], auth: Callable[..., Any]) -> None:
-        self._kind, self._auth = kind, auth
+    send: Callable[..., Any] | None
+    may_repeat: bool = False
 
-    def __call__(self, client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
-                 leeway: float = 60, max_wait: float = 75, iso8601: bool = False,
-                 **client_options: "Unpack[ClientOptions]") -> C:  # fmt: skip
-        """Return a client, signed by an auth of its own to which it is lent."""
-        client: Any = self._kind(auth=None, base_url=Environment.of(environment).base_url, **client_options)
-        if iso8601:
-            client.headers["request_iso8601"] = "true"
-        timeout = {"timeout": client.timeout.read} if "timeout" in client_options and client.timeout.read else {}
-        client.auth = self._auth(client_id, client_secret, environment, scope=scope, leeway=leeway, max_wait=max_wait,
-                                 client=client, **timeout)  # fmt: skip
-        return client  # type: ignore[no-any-return]
+    def limit(self, step: SendTokenRequest) -> float:
+        """Return the seconds after which the request is given up."""
+        return min(step.timeout, max(step.left, LEAST_LIMIT)) if self.may_repeat else step.timeout
+
+
+def _timed_out(seconds: float) -> Failed:
+    return Failed("ReadTimeout", f"there was no whole answer in {seconds:.1f} s", timed_out=True)
+
+
+@dataclass(frozen=True)
+class Body:
+    """The body of a request, and where its files stood before it was sent; None for files: it cannot be sent again."""
+
+    files: tuple[tuple[Any, int], ...] | None
+    byte_stream: type
+
+    @classmethod
+    def of(cls, stream: Any, library: Any) -> "Body":
+        """Return the body that `stream` reads."""
+        return cls(_positions(stream, library), library.ByteStream)
+
+    def rewind(self, stream: Any) -> bool:
+        """Set the files back, and tell whether `stream` can be sent whole: a redirect may have made it another."""
+        if isinstance(stream, self.byte_stream):
+            return True
+        if self.files is None:
+            return False
+        try:
+            for file, position in self.files:
+                file.seek(position)
+        except (AttributeError, OSError, ValueError):  # ValueError: closed meanwhile
+            return False
+        return True
+
+
+def _positions(stream: Any, library: Any) -> tuple[tuple[Any, int], ...] | None:
+    """Return the files that `stream` reads and where they stand, None if it could not be sent again whole."""
+    kind = type(stream)
+    if kind is library.ByteStream:
+        return ()
+    if not hasattr(kind, "__iter__") or not kind.__module__.startswith(f"{library.__name__}."):
+        return None
+    # Neither library has a public way to the file of a stream: that of multipart has `fields`, some with a `file`, that
+    # of `content=file` holds it as an attribute of some private name.
+    attributes: dict[str, Any] = stream.__dict__
+    sources = [getattr(field, "file", b"") for field in attributes.get("fields", ())] or attributes.values()
+    try:
+        return tuple((source, source.tell()) for source in sources if not isinstance(source, (bool, Collection)))
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def make_client(
+    kind: Callable[..., C],
+    auth_class: Callable[..., Any],
+    credentials: tuple[str, str, Environment | str],
+    auth_options: Mapping[str, Any],
+    iso8601: bool,
+    client_options: Mapping[str, Any],
+) -> C:
+    """Return a client of `kind` for the Nexus API, signed by an auth of its own to which it is lent.
+
+    It is lent weakly, since it owns the auth: neither would be freed at once.
+    """
+    environment = Environment.of(credentials[2])
+    client: Any = kind(auth=None, base_url=environment.base_url, **client_options)
+    if iso8601:
+        client.headers["request_iso8601"] = "true"
+    timeout = {"timeout": client.timeout.read} if "timeout" in client_options and client.timeout.read else {}
+    client.auth = auth_class(*credentials, **auth_options, **timeout).lent(weakref.ref(client))
+    return client  # type: ignore[no-any-return]
 
 
 def _origin(url: Any) -> tuple[str, str, int]:
     return url.scheme, url.host.lower(), url.port or (443 if url.scheme == "https" else 80)
-
-
-def _bookmarks(stream: Any, library: Any) -> list[tuple[Any, int]] | None:
-    """Return the files that `stream` reads and where they stand, None if it could not be sent again whole."""
-    kind = stream.__class__
-    if kind is library.ByteStream:
-        return []
-    if hasattr(kind, "__iter__") and kind.__module__.startswith(f"{library.__name__}."):
-        # Neither library has a public way to the file of a stream: that of multipart has `fields`, some with a `file`,
-        # that of `content=file` holds it as an attribute of some private name.
-        attributes: dict[str, Any] = stream.__dict__
-        sources = [getattr(field, "file", b"") for field in attributes.get("fields", ())] or attributes.values()
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            return [(source, source.tell()) for source in sources if not isinstance(source, (bytes, str, bool))]
-    return None

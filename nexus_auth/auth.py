@@ -1,134 +1,320 @@
-"""The auth object: what every `NexusAuth` is, whichever HTTP library it signs for."""
+"""The auth object: what every `NexusAuth` is, whichever HTTP library it signs for, and the blocking driver."""
 
 import contextlib
-import copy
 import os
 import re
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from .credentials import credentials_of
+from .credentials import Credentials, credentials_of
 from .environment import Environment
 from .errors import TokenRequestError, TokenWaitError
-from .grant import Sleep, Steps, Terms, Token
+from .grant import Fault, logger
+from .known import Call, Decision, Failure, GiveUp, Limits, Raise, TooLong, Use
+from .quota import Place
+from .secret import HiddenText, hidden
+from .steps import CallStore, Client, Failed, Response, SendTokenRequest, Sleep, Steps
+from .threads import result_of, start_thread
+from .token import Token
+
+if TYPE_CHECKING:
+    from .store import Store
+
+    StoreArgument = str | os.PathLike[str] | Store
 
 A = TypeVar("A", bound="BaseAuth")
+T = TypeVar("T")
+MAX_SECONDS = 1e9  # of an argument
 
 
-class BaseAuth:
+class BaseAuth(ABC):
     """The arguments of a `NexusAuth`, checked, and the credentials that it shares with others of its kind.
 
-    `environment` and `client_id` can be read; the secret is shown nowhere.
+    `environment` and `client_id` can be read; the secret is shown nowhere. An auth object does not change.
     """
 
     environment: Environment
     client_id: str
-    _errors: ClassVar[tuple[type[Exception], type[TokenRequestError], type[TokenWaitError]]]
 
-    def __init__(self, client_id: str, client_secret: str, environment: Environment | str, scope: str,
-                 leeway: float, timeout: float, max_wait: float, lent: Any) -> None:  # fmt: skip
+    # The errors of the HTTP library, the module they are in, and those of the door that are both.
+    library_errors: ClassVar[ModuleType]
+    library_error: ClassVar[type[Exception]]
+    connection_error: ClassVar[type[Exception]]
+    timeout_error: ClassVar[type[Exception]]
+    token_request_error: ClassVar[type[TokenRequestError]]
+    token_wait_error: ClassVar[type[TokenWaitError]]
+
+    def __init__(
+        self,
+        client_id: str,
+        client_secret: str,
+        environment: Environment | str,
+        *,
+        scope: str,
+        leeway: float,
+        timeout: float,
+        max_wait: float,
+        store: "StoreArgument | None",
+        lent: Any,
+    ) -> None:
+        client_secret = hidden(client_secret)
         for name, text in (("client_id", client_id), ("client_secret", client_secret), ("scope", scope)):
-            if not isinstance(text, str):
-                raise TypeError(f"{name} must be a str, not {type(text).__name__}")
-            if not text.strip():
-                raise ValueError(f"{name} is empty")
-            if re.search(r"[\r\n]\Z|[\ud800-\udfff]", text):
-                raise ValueError(f"{name} ends with a newline (strip() what is read), or has lone surrogates")
+            _check_text(name, text)
         for name, seconds in (("leeway", leeway), ("timeout", timeout), ("max_wait", max_wait)):
-            if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-                raise TypeError(f"{name} must be a number of seconds, not {type(seconds).__name__}")
-            if not 0 <= seconds <= 1e9 or (name == "timeout" and not seconds):
-                raise ValueError(f"{name} must be a sensible number of seconds, not {seconds}")
-        self.environment, self.client_id, self._lent = Environment.of(environment), client_id, lent
-        times = leeway, timeout, max_wait
-        self._terms = Terms(self.environment, client_id, client_secret, scope, *times, *self._errors)
-        self._credentials = credentials_of(self.environment.token_endpoint, client_id, client_secret, scope)
+            _check_seconds(name, seconds)
+        if timeout == 0:
+            raise ValueError("timeout must be more than 0 seconds")
+        self.environment = Environment.of(environment)
+        self.client_id = client_id
+        self._client = Client(self.environment.token_endpoint, client_id, HiddenText(client_secret), scope)
+        self._limits = Limits(leeway, timeout, max_wait)
+        self._store = _opened(store)
+        self._lent = lent
+        self._credentials: Credentials = credentials_of(self._client, self._store)
 
     @classmethod
     def from_env(cls: type[A], prefix: str = "NEXUS_", **options: Any) -> A:
         """Return an auth for what the environment variables name; `options` are those of the constructor.
 
         They are `NEXUS_CLIENT_ID`, `NEXUS_CLIENT_SECRET` and `NEXUS_ENVIRONMENT` (test or production), or in place of
-        the last both `NEXUS_TOKEN_ENDPOINT` and `NEXUS_BASE_URL`. Raises `ValueError`, naming all that is missing.
+        the last both `NEXUS_TOKEN_ENDPOINT` and `NEXUS_BASE_URL`; and `NEXUS_STORE`, if it is set. Raises
+        `ValueError`, naming all that is missing.
         """
-        names = [prefix + name for name in ("CLIENT_ID", "CLIENT_SECRET", "ENVIRONMENT", "TOKEN_ENDPOINT", "BASE_URL")]
-        client_id, client_secret, known, *urls = [os.environ.get(name, "") for name in names]
-        if known and any(urls):
-            raise ValueError(f"{names[2]} is set, and so is a URL that takes its place: unset one of them")
-        needed = names[:2] + (names[3:] if any(urls) else names[2:3])
-        if missing := [name for name in needed if not os.environ.get(name)]:
-            raise ValueError(f"environment variables not set: {', '.join(missing)}")
-        environment = known or Environment("custom", token_endpoint=urls[0], base_url=urls[1])
-        return cls(client_id, client_secret, environment, **options)
+        options.setdefault("store", store_from_env(prefix))
+        return cls(*credentials_from_env(prefix), **options)
+
+    def access_token(self, *, refused: str | None = None) -> str:
+        """Return the access token, obtained like that of a call: for a websocket, gRPC or a subprocess.
+
+        It goes wherever you send it: unlike a call's it is not kept from strangers. `refused` is a token that the API
+        has refused, as with a 401: another one is returned. Raises the errors of a call.
+        """
+        return self._token_of(self._obtain(self._insistent_call(refused), refused)).access_token
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} client_id={self.client_id!r} environment={self.environment.name!r}>"
 
-    def __getstate__(self) -> dict[str, Any]:
-        import pickle  # loaded by now, since this is what it calls, or copy
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _ARGUMENTS and hasattr(self, "_credentials"):
+            raise AttributeError(f"{name} of a NexusAuth stays as it is: make another NexusAuth")
+        super().__setattr__(name, value)
 
-        state = {**vars(self), "_credentials": None, "_lent": None}
-        with contextlib.suppress(Exception):  # what cannot be pickled is left behind
-            lent = copy.copy(self._lent)
-            lent.auth = None  # which may be this very object
-            pickle.dumps(lent)
-            state["_lent"] = self._lent
-        return state
+    def __copy__(self: A) -> A:
+        return self.lent(self._lent)
+
+    def __deepcopy__(self: A, memo: dict[int, Any]) -> A:
+        return self.lent(self._lent)  # what is lent is no part of it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_credentials": None, "_lent": self._travelling()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._credentials = credentials_of(self.environment.token_endpoint, *self._terms[1:4])
+        self.__dict__.update(state)
+        self._credentials = credentials_of(self._client, self._store)
 
-    def __call__(self, request: Any) -> Any:
-        """Raise `TypeError`: an auth of this library was given to another."""
-        own, other = (kind.__module__.partition(".")[0] for kind in (self._errors[0], request.__class__))
-        raise TypeError(f"this NexusAuth is for {own}; for {other}: from {__package__}.{other} import NexusAuth")
+    def lent(self: A, lent: Any) -> A:
+        """Return a copy for whose token requests `lent` is lent: a session or client, or a weak reference to one."""
+        twin = type(self).__new__(type(self))
+        twin.__setstate__({**self.__dict__, "_lent": lent})
+        return twin
 
-    def _has(self, url: Any) -> Any:
-        """Tell whether `url` is within the environment's own origin."""
+    @property
+    def _borrowed(self) -> Any:
+        """The session or client that is lent, if it still lives: that of a factory lends itself, and owns its auth."""
+        return self._lent() if isinstance(self._lent, weakref.ref) else self._lent
 
-    def _rewound(self, request: Any, marks: Any) -> Any:
-        """Tell whether the body of `request` can be sent again whole, and set it back to where it started."""
+    @abstractmethod
+    def _travelling(self) -> Any:
+        """Return what goes into a pickle of what is lent."""
 
-    def _send(self, timeout: float) -> Any:
-        """Send a token request with what was lent, or anew, and return the response with its content."""
+    @abstractmethod
+    def _send(self, step: SendTokenRequest) -> Response | Failed:
+        """Send a token request once, and return the answer; see `SendTokenRequest`."""
+
+    def _reject(self, request: object) -> TypeError:
+        """Return the error that tells the user of another library which auth to take."""
+        own, other = (kind.__module__.partition(".")[0] for kind in (self.library_error, type(request)))
+        return TypeError(f"this NexusAuth is for {own}; for {other}: from {__package__}.{other} import NexusAuth")
 
     def _fresh_token(self) -> Token | None:
-        token = self._credentials.token
-        return token if token and token.is_fresh(time.monotonic(), self._terms.leeway) else None
+        return self._credentials.fresh_token(self._limits.leeway)
 
-    def _token(self, request: Any, lock: threading.Lock, refused: Token | None = None) -> Steps[Any]:
-        """Yield the steps to a token for `request`, and return it; None if another than `refused` would not help."""
-        known, terms = self._credentials, self._terms
+    def _insistent_call(self, refused: str | None) -> Call:
+        if refused is not None:
+            self._credentials.answered(refused, 401)
+        return Call(self._limits, insists=True)
+
+    def _obtain(self, call: Call, refused: str | None = None) -> Decision:
+        """Return what came of the way to a token, blocking."""
+        place = Place(threading.get_ident())
+        return self._perform(self._credentials.obtain(call, place, refused))
+
+    def _token(self, decision: Decision, request: Any) -> Token:
+        """Return the token for `request`, or raise the error that `decision` tells of."""
         try:
-            return (yield from known.renew(refused, terms, lock) if refused else known.obtain(terms, lock))
-        except self._errors[0] as error:
-            error.request = request  # type: ignore[attr-defined]  # the token request has the secret in it
+            return self._token_of(decision)
+        except self.library_error as error:
+            error.request = request  # type: ignore[attr-defined]  # that of the token has the secret in it
             raise
 
-    def _renewed(self, refused: Token, response: Any, marks: Any, lock: threading.Lock) -> Steps[Any]:
-        """Yield the steps after the 401 that is `response`, and return the token to send its request with once more."""
-        request = response.request  # after redirects within the API, the last one
-        if request.headers.get("Authorization") != refused.authorization or not self._has(request.url):
-            return None  # a stranger says so, whom the API redirected to
-        token = yield from self._token(request, lock, refused)
-        return token if token and self._rewound(request, marks) else None
+    def _replay_token(self, decision: Decision, call: Call, request: Any) -> Token | None:
+        """Return the token to send `request` with once more after a 401; None: leave it at that."""
+        if isinstance(decision, GiveUp):
+            return None
+        token = self._token(decision, request)
+        if not call.repeatable:
+            logger.info("%s %s: not sent again after a 401, since its body cannot be", request.method, request.url)
+            return None
+        return token
 
-    def _perform(self, steps_of: Callable[..., Steps[Any]], *arguments: Any) -> Any:
-        """Perform the steps of a method, blocking, and return what they come to."""
+    @contextlib.contextmanager
+    def _replay(self, call: Call) -> Iterator[list[int]]:
+        """Judge by the status code that is put into the list whether the renewal of the token has helped."""
+        status_codes: list[int] = []
+        try:
+            yield status_codes
+        finally:
+            if call.renewed is not None:
+                self._credentials.judge(call.renewed, status_codes[0] if status_codes else None)
+
+    def _say_no_token_sent(self, url: object) -> None:
+        logger.debug("no token sent to %s: not of environment %s", url, self.environment.name)
+
+    def _token_of(self, decision: Decision) -> Token:
+        """Return the token that `decision` is, or raise the error."""
+        if isinstance(decision, Use):
+            return decision.token
+        if isinstance(decision, TooLong):
+            raise self._wait_error(decision.reason, decision.retry_after)
+        if isinstance(decision, Raise):
+            raise self._error_of(decision.failure)
+        raise AssertionError(f"{decision} is no end of the way to a token")
+
+    def _error_of(self, failure: Failure) -> Exception:
+        """Return a new error that tells of `failure`: none is to be raised in several threads."""
+        fault = failure.fault
+        if failure.out_of_time:
+            return self._wait_error(fault.reason, failure.until - time.monotonic())
+        message = f"{self.environment} {fault.reason}. {fault.advice}."
+        if fault.library_error is not None:
+            return self._class_of(fault)(message)
+        return self.token_request_error(
+            message,
+            error=fault.error,
+            error_description=fault.error_description,
+            status_code=fault.status_code,
+            environment=self.environment,
+            retry_after=fault.retry_after,
+        )
+
+    def _wait_error(self, reason: str, seconds: float) -> TokenWaitError:
+        seconds = round(max(0.0, seconds), 3)
+        later = "later than max_wait allows. Try again then."
+        message = f"{self.environment} {reason}: the next token request may go in {seconds:.1f} s, {later}"
+        return self.token_wait_error(message, retry_after=seconds)
+
+    def _class_of(self, fault: Fault) -> type[Exception]:
+        """Return the error class of this door's library: the fault may have been met by another."""
+        kind = getattr(self.library_errors, fault.library_error or "", None)
+        if isinstance(kind, type) and issubclass(kind, self.library_error):
+            return kind
+        return self.timeout_error if fault.timed_out else self.connection_error
+
+    def _failed(self, error: Exception) -> Failed:
+        """Return an error of the HTTP library as data, named by the nearest class that is the library's own."""
+        library = self.library_error.__module__.partition(".")[0]
+        name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__.partition(".")[0] == library)
+        cause: BaseException | None = error
+        while cause is not None and not str(cause):  # some errors say nothing, but what they came of does
+            cause = cause.__cause__ or cause.__context__
+        return Failed(name, str(cause or ""), isinstance(error, self.timeout_error))
+
+    def _perform(self, steps: Steps[T]) -> T:
+        """Perform `steps`, blocking, and return what they come to."""
         answer: Any = None
-        with contextlib.closing(steps_of(*arguments, self._credentials.lock)) as steps:
+        with contextlib.closing(steps):
             while True:
                 try:
                     step = steps.send(answer)
-                except StopIteration as done:
-                    return done.value
-                if isinstance(step, Sleep):
-                    time.sleep(step)
-                    continue
-                try:
-                    answer = self._send(step)
-                except Exception as failure:
-                    answer = failure
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]
+                answer = None
+                match step:
+                    case Sleep(seconds):
+                        time.sleep(seconds)
+                    case SendTokenRequest():
+                        answer = self._send(step)
+                    case CallStore(function, limit):
+                        answer = result_of(start_thread(function), limit)
+
+
+_ARGUMENTS = frozenset(
+    ("client_id", "client_secret", "environment", "scope", "leeway", "timeout", "max_wait", "store", "session",
+     "client")
+)  # fmt: skip
+
+
+def own_send(lent: Any) -> Any:
+    """Return the `send` that was set on the session or client itself, as mocks do; None if it has only its class's."""
+    send = lent.send
+    # Not by `vars`: CPython looks up attributes more slowly once the __dict__ of an object has been asked for.
+    return send if getattr(send, "__func__", None) is not type(lent).send else None
+
+
+def merged_cookies(sent: str, received: str) -> str:
+    """Return the Cookie header (RFC 6265 section 4.2) of a replay: what was `sent`, and what came with the 401."""
+    pairs = [pair.partition("=") for header in (sent, received) for pair in header.split("; ") if pair]
+    return "; ".join(f"{name}{equals}{value}" for name, (equals, value) in {p[0]: p[1:] for p in pairs}.items())
+
+
+def credentials_from_env(prefix: str) -> tuple[str, str, Environment | str]:
+    """Return client_id, client_secret and environment as the environment variables name them; see `from_env`."""
+    names = {key: prefix + key for key in ("CLIENT_ID", "CLIENT_SECRET", "ENVIRONMENT", "TOKEN_ENDPOINT", "BASE_URL")}
+    values = {key: hidden(os.environ.get(name, "")) for key, name in names.items()}
+    has_url = bool(values["TOKEN_ENDPOINT"] or values["BASE_URL"])
+    if values["ENVIRONMENT"] and has_url:
+        raise ValueError(f"{names['ENVIRONMENT']} is set, and so is a URL that takes its place: unset one of them")
+    needed = ["CLIENT_ID", "CLIENT_SECRET", *(("TOKEN_ENDPOINT", "BASE_URL") if has_url else ("ENVIRONMENT",))]
+    if missing := [names[key] for key in needed if not values[key]]:
+        raise ValueError(f"environment variables not set: {', '.join(missing)}")
+    environment: Environment | str = str(values["ENVIRONMENT"])
+    if has_url:
+        urls = {"token_endpoint": str(values["TOKEN_ENDPOINT"]), "base_url": str(values["BASE_URL"])}
+        environment = Environment("custom", **urls)
+    return str(values["CLIENT_ID"]), values["CLIENT_SECRET"], environment
+
+
+def store_from_env(prefix: str = "NEXUS_") -> str | None:
+    """Return the store that the environment variable names, if one does; it may have a password in it."""
+    return hidden(os.environ.get(f"{prefix}STORE", "")) or None
+
+
+def _opened(store: "StoreArgument | None") -> "Store | None":
+    if store is None:
+        return None
+    from .store import open_store  # loaded only where one is used
+
+    return open_store(store)
+
+
+def _check_text(name: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be a str, not {type(text).__name__.removeprefix('Hidden').lower()}")
+    if not text.strip():
+        raise ValueError(f"{name} is empty")
+    if text.endswith(("\n", "\r")):
+        raise ValueError(f"{name} ends with a newline: strip() what is read from a file")
+    if re.search(r"[\ud800-\udfff]", text):
+        raise ValueError(f"{name} has lone surrogates: it was read with the wrong encoding")
+
+
+def _check_seconds(name: str, seconds: object) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, not {type(seconds).__name__}")
+    if not 0 <= seconds <= MAX_SECONDS:
+        raise ValueError(f"{name} must be a sensible number of seconds, not {seconds}")

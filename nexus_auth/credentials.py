@@ -1,149 +1,390 @@
-"""Credentials: the one token of one API client in this process, whoever signs with it.
+"""Credentials: the one token of one API client in this process, whoever signs with it, and the way to another.
 
-A token is *fresh* and used without any lock; or *stale*, within the leeway: one caller renews it while the others go
-on with it; or *expired*, or refused by the API (401): one caller fetches another, and all that wait share what comes
-of it.
+A call whose token is fresh takes it, without any lock. Else one caller fetches, in its turn, while the others look
+every now and then whether it has brought a token: one among all threads, and one in each event loop.
 """
 
 import functools
+import logging
+import math
 import os
-import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
 
-from .errors import NexusAuthError, TokenRequestError, TokenWaitError
-from .grant import IMPORTING, Sleep, Steps, Terms, Token, client_credentials_grant, logger
-from .quota import LOCK, Quota
+from .grant import Fault, FaultKind, Grant, Pause, judge, logger, pause_after
+from .known import (
+    Call,
+    Decision,
+    Failure,
+    Fetch,
+    GiveUp,
+    Known,
+    TooLong,
+    Use,
+    decide,
+    failed,
+    judged,
+    landed,
+    over,
+    told,
+)
+from .quota import KEEP, LIMIT, LOCK, Endpoint, Holder, Place, Turn
+from .steps import CallStore, Client, SendTokenRequest, Sleep, Steps
+from .token import Token
 
-# Seconds without another try, after an error response, after any other failure, and while an old token still serves.
-REFUSAL_MEMORY, FAILURE_MEMORY, AHEAD_PAUSE = 10.0, 2.0, 5.0
-MAX_PAUSE = 60.0  # seconds between renewals that do not help
-KNOWN = 1024  # API clients whose token is kept while no auth object holds it
+if TYPE_CHECKING:
+    from .shared import News, Shared
+    from .store import Store
+
+T = TypeVar("T")
+FIRST_LOOK, LOOK = 0.01, 0.1  # seconds until a caller that waits looks again: from the one to the other
+FIRST_SHARED_LOOK, SHARED_LOOK = 0.05, 1.0  # the same, for a look into a store
+STORE_LIMIT = 2.0  # seconds for one look into a store, which counts as out of order after that
+AHEAD_PAUSE = 1.0  # seconds without a renewal ahead of expiry, while another caller makes one
+TURN_MARGIN = 1.0  # seconds that a turn lasts longer than its token request should
+KEPT = 1024  # API clients whose token is kept while no auth object holds it
+
+
+def new_owner() -> str:
+    """Return an owner of a permit or turn that nobody else has."""
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What a call waits for before it may send a token request."""
+
+    until: float  # the least that it can take
+    retry_at: float  # when it is over for certain
+    reason: str  # continues a sentence that begins with the token endpoint
+    look_after: float  # seconds until it is worth looking again
+
+
+@dataclass
+class Attempt:
+    """What one call has done so far to fetch a token itself, in place of one that was `refused`."""
+
+    caller: object
+    turn: Turn
+    refused: str | None
+    steps: Steps[Decision] = field(init=False, repr=False)  # that make it
+    owner: str = field(default_factory=new_owner)  # of the turn that processes share
+    permit: str = field(default_factory=new_owner)  # owner of the permit of the next token request
+    tries: int = 0
+    busy_answers: int = 0
+    sends_at: float = 0.0  # no token request before this moment
+    reason: str = ""  # why not
+    announced: str = ""  # what was last logged as waited for
+    has_shared_turn: bool = False
+    shared_looks: int = 0  # at the store, in vain
 
 
 class Credentials:
-    """The token of one API client for one scope, and when to try for another."""
+    """What this process knows of one API client's token, and how it gets another."""
 
-    def __init__(self, quota: Quota) -> None:
-        self.quota = quota
-        self.lock: threading.Lock = threading.Lock()  # of the thread that fetches; none blocks on it
-        self.clock: Callable[[], float] = time.monotonic
-        self.forget()
+    def __init__(
+        self,
+        client: Client,
+        endpoint: Endpoint,
+        shared: "Shared | None" = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.client = client
+        self._name = f"token endpoint {client.token_endpoint}"
+        self.known = Known()
+        self._endpoint = endpoint
+        self._shared = shared
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self.free_turns()
 
-    def forget(self) -> None:
-        """Know neither a token nor a failure."""
-        self.token: Token | None = None
-        self._failure: Exception | None = None
-        self._refused: Token | None = None
-        self._next_try = self._ahead_after = self._pause = self._patience = 0.0
+    def free_turns(self) -> None:
+        """Free the turns to fetch: one for all threads, and one for each event loop.
 
-    def obtain(self, terms: Terms, lock: threading.Lock, refused: Token | None = None) -> Steps[Token]:
-        """Yield the steps to a token that serves, as `refused` does not, and return it.
-
-        Who has `lock` fetches for all who come with it, and nobody blocks on it.
+        Who waited for another loop might wait for one that has ended, or that it holds up itself.
         """
-        begun = self.clock()
-        while True:
-            token, failure, now = self.token, self._failure, self.clock()
-            left = begun + terms.max_wait - now
-            serves = token is not None and token is not refused and now < token.expires_at
-            if token and serves and (token.is_fresh(now, terms.leeway) or now < self._ahead_after):
-                return token
-            # What took too long for one caller need not for another with more patience.
-            impatient = terms.max_wait <= self._patience or not isinstance(failure, TokenWaitError)
-            if failure and not serves and now < self._next_try and impatient:
-                raise _as_error_of(terms, failure)
-            if lock.acquire(blocking=False):
-                try:
-                    unchanged = self.token is token and self._failure is failure
-                    if unchanged and (got := (yield from self._fetch(terms, now + left, ahead=serves))):
-                        return got
-                finally:
-                    lock.release()
-            elif token and serves:
-                return token
-            elif left <= 0:
-                raise terms.token_wait_error(f"{terms} keeps another caller waiting, longer than max_wait. Try later.")
-            else:  # looks that grow rarer: none comes later than a hundredth of a second and a quarter of the wait
-                yield Sleep(min(left, 0.01 + (now - begun) / 4))
+        self._thread_turn = Turn()
+        self._loop_turns: weakref.WeakKeyDictionary[object, Turn] = weakref.WeakKeyDictionary()
 
-    def renew(self, refused: Token, terms: Terms, lock: threading.Lock) -> Steps[Token | None]:
-        """Yield the steps after a 401 to `refused`, and return another token; None while renewing does not help."""
-        if self.token is refused and self.clock() < self._next_try and not self._failure:
+    def fresh_token(self, leeway: float) -> Token | None:
+        """Return the token, if it is fresh."""
+        token = self.known.token
+        return token if token is not None and token.is_fresh(self._clock(), leeway) else None
+
+    def obtain(self, call: Call, place: Place, refused: str | None = None) -> Steps[Decision]:
+        """Return the steps to a token for `call`, other than the access token `refused` of a 401.
+
+        They come to `Use`, `Raise` or `TooLong`; to `GiveUp` only where a token was refused.
+        """
+        turn = self._thread_turn
+        if place.loop is not None:
+            with LOCK:
+                turn = self._loop_turns.setdefault(place.loop, Turn())
+        attempt = Attempt(place.caller, turn, refused)
+        attempt.steps = self._obtain(call, attempt)
+        return attempt.steps
+
+    def is_on_trial(self, token: Token) -> bool:
+        """Tell whether the first answer to `token` is waited for: whether its renewal has helped."""
+        return self.known.renewals.on_trial == token.access_token
+
+    def answered(self, access_token: str, status_code: int) -> None:
+        """Learn what the API answered to a call with `access_token`."""
+        if self.known.renewals.on_trial == access_token:
+            self.judge(access_token, status_code)
+
+    def judge(self, access_token: str, status_code: int | None) -> None:
+        """Learn what the API answered to the replay of a call that had the token renewed; None: nothing."""
+        self._change(lambda known: judged(known, access_token, status_code, self._clock()))
+        if status_code == 401:
+            message = "%s: the API refuses the new token of client %r too (401). Check base_url and what it may do."
+            logger.warning(message, self.client.token_endpoint, self.client.client_id)
+
+    def _change(self, change: Callable[[Known], Known]) -> Known:
+        """Replace what is known by what `change` makes of it, once more if another was faster, and return that."""
+        while True:
+            before = self.known
+            after = change(before)
+            with LOCK:
+                if self.known is before:
+                    self.known = after
+                    return after
+
+    def _obtain(self, call: Call, attempt: Attempt) -> Steps[Decision]:
+        call.begun_at = self._clock()
+        call.waiting_since = None
+        try:
+            decision = yield from self._approach(call, attempt)
+            if attempt.has_shared_turn and self._shared is not None:
+                shared = self._shared
+                yield from self._in_store(lambda: shared.give_back_turn(attempt.owner), False)
+            return decision
+        finally:  # on cancellation too, when nothing can be yielded: what is held in a store runs out by itself
+            attempt.turn.give_back(attempt.steps)
+            self._endpoint.leave_line(attempt.permit)
+            call.spent += self._clock() - call.begun_at
+
+    def _approach(self, call: Call, attempt: Attempt) -> Steps[Decision]:
+        """Yield one step after the other towards a token: decide, then wait or send a token request, and again."""
+        while True:
+            now = self._clock()
+            known = self.known
+            decision = decide(known, now, call, attempt.refused)
+            fallback = decision.fallback if isinstance(decision, Fetch) else None
+            if isinstance(decision, GiveUp) and call.insists:
+                until = now + decision.retry_after
+                wait: Wait | None = Wait(until, until, "gives tokens that are refused, one after the other", LOOK)
+            elif isinstance(decision, Fetch):
+                wait = self._wait(call, attempt, now)
+                if wait is None and self._shared is not None:
+                    wait = yield from self._wait_for_processes(self._shared, call, attempt, fallback)
+                    if self.known is not known:
+                        continue
+                if wait is None:
+                    wait = yield from self._wait_for_permit(call, attempt)
+            else:
+                return decision
+            now = self._clock()
+            if wait is None:
+                yield from self._fetch(call, attempt, ahead=fallback is not None)
+            elif fallback is not None:
+                self._postpone(max(wait.until, now + AHEAD_PAUSE))
+                return Use(fallback)
+            elif wait.until > call.deadline:
+                return TooLong(wait.retry_at - now, wait.reason)
+            elif now >= call.deadline:
+                return over(call, now, attempt.refused, wait.retry_at, wait.reason)
+            else:
+                self._announce(wait, attempt, now)
+                yield Sleep(min(wait.look_after, call.deadline - now))
+
+    def _postpone(self, until: float) -> None:
+        """Try no renewal ahead of expiry before `until`."""
+        self._change(lambda known: replace(known, ahead_after=until))
+
+    def _wait(self, call: Call, attempt: Attempt, now: float) -> Wait | None:
+        """Return what `call` has to wait for, of what this process knows; None: it has the turn to fetch."""
+        pause = self._pause(call, attempt, now)
+        if pause and pause.until > call.deadline:
+            return pause  # whoever fetches: it is told at once
+        sends_at = pause.until if pause else now
+        holder = Holder(attempt.caller, attempt.steps, sends_at, sends_at + call.limits.timeout + TURN_MARGIN)
+        if other := attempt.turn.take(holder, now):
+            return _wait_for(other, call, attempt, now)
+        return pause
+
+    def _wait_for_processes(
+        self, shared: "Shared", call: Call, attempt: Attempt, fallback: Token | None
+    ) -> Steps[Wait | None]:
+        """Keep what other processes have left, and return what to wait for; None: it is the turn of this one."""
+
+        def concerns(failure: Failure) -> bool:
+            return fallback is not None or failure.holds_for(call, self._clock())
+
+        token = self.known.token
+        familiar = {attempt.refused, token.access_token if token else None}
+        hold = call.limits.timeout + TURN_MARGIN
+        look = functools.partial(shared.look, attempt.owner, hold, familiar, concerns)
+        news: News | None = yield from self._in_store(look, None)
+        now = self._clock()
+        if news is None:
             return None
-        token = yield from self.obtain(terms, lock, refused)
-        if self._refused is not refused:
-            self._refused = refused
-            self._next_try, self._pause = self.clock() + self._pause, min(2 * self._pause or 1.0, MAX_PAUSE)
-            logger.info("%s: renewed the token of client %r after a 401", str(terms), terms.client_id)
+        if news.closed_for:
+            self._endpoint.close(now + news.closed_for)
+            return self._pause(call, attempt, now)
+        if news.token is not None or news.failure is not None:
+            self._change(lambda known: told(known, news.token, news.failure))
+            return None
+        attempt.has_shared_turn = news.turn_in == 0
+        if attempt.has_shared_turn:
+            return None
+        attempt.shared_looks += 1
+        look_after = min(SHARED_LOOK, FIRST_SHARED_LOOK * 1.5**attempt.shared_looks)
+        call.waiting_since = call.waiting_since or now
+        return Wait(now, now + news.turn_in, "is being asked by another process", look_after)
+
+    def _wait_for_permit(self, call: Call, attempt: Attempt) -> Steps[Wait | None]:
+        """Return the wait for a permit of the quota; None: one is held."""
+        now, hold = self._clock(), call.limits.timeout + KEEP
+        seconds, look = self._endpoint.acquire(attempt.permit, hold, now), LOOK
+        if seconds == 0 and self._shared is not None:
+            shared = self._shared
+            seconds = yield from self._in_store(lambda: shared.acquire(attempt.permit, hold), 0.0)
+            now, look = self._clock(), SHARED_LOOK
+            if seconds > 0:
+                self._endpoint.give_back(attempt.permit)
+        if seconds == 0:
+            return None
+        reason = f"takes {LIMIT} token requests a minute, and they have been made"
+        return Wait(now + seconds, now + seconds, reason, min(look, seconds))
+
+    def _fetch(self, call: Call, attempt: Attempt, *, ahead: bool) -> Steps[None]:
+        """Send a token request, and keep what the answer says."""
+        asked_at = call.waiting_since = self._clock()
+        call.token_requests += 1
+        answer = yield SendTokenRequest(self.client, call.limits.timeout, call.deadline - asked_at)
+        now = self._clock()
+        self._endpoint.answered(attempt.permit, now)
+        verdict = judge(answer, self.client, self._wall_clock())
+        if isinstance(verdict, Grant):
+            outcome: Token | Failure | None = self._land(verdict, call, attempt, asked_at, now)
+        else:
+            outcome = self._fail(verdict, call, attempt, now, ahead=ahead)
+        permit, attempt.permit = attempt.permit, new_owner()
+        if self._shared is not None:
+            shared, closed_for = self._shared, self._endpoint.closed_until - now
+            attempt.has_shared_turn = outcome is None
+            yield from self._in_store(lambda: shared.tell(permit, attempt.owner, outcome, closed_for), False)
+
+    def _in_store(self, function: Callable[[], T], otherwise: T) -> Steps[T]:
+        """Call a `function` of the store, and return `otherwise` if that takes too long."""
+        answer = yield CallStore(function, STORE_LIMIT)
+        if answer is None and self._shared is not None:
+            self._shared.gave_up()
+            return otherwise
+        return answer  # type: ignore[no-any-return]
+
+    def _pause(self, call: Call, attempt: Attempt, now: float) -> Wait | None:
+        """Return the wait that the token endpoint asked for, or that follows a fault."""
+        closed_for = self._endpoint.closed_until - now
+        if closed_for > max(0.0, attempt.sends_at - now):
+            attempt.sends_at = now + Pause.asked_for(closed_for).within(call.deadline - now)
+            attempt.reason = "wants no token request for now (Retry-After)"
+        if attempt.sends_at <= now:
+            return None
+        return Wait(attempt.sends_at, attempt.sends_at, attempt.reason, min(LOOK, attempt.sends_at - now))
+
+    def _announce(self, wait: Wait, attempt: Attempt, now: float) -> None:
+        """Log what is waited for, once."""
+        if wait.reason == attempt.announced:
+            return
+        attempt.announced = wait.reason
+        seconds = wait.until - now
+        level = logging.WARNING if seconds > 1 else logging.DEBUG
+        logger.log(level, "%s %s: the next may go in %.1f s", self._name, wait.reason, seconds)
+
+    def _land(self, grant: Grant, call: Call, attempt: Attempt, asked_at: float, now: float) -> Token:
+        """Keep a new token, and return it."""
+        token = Token.granted(grant.access_token, grant.lifetime, asked_at, now)
+        self._change(lambda known: landed(known, token, call, now, attempt.refused))
+        logger.debug("%s gave client %r a token for %s s", self._name, self.client.client_id, grant.lifetime)
+        if attempt.refused is not None and token.access_token != attempt.refused:
+            call.renewed = token.access_token
+            logger.info("%s: renewed the token of client %r after a 401", self._name, self.client.client_id)
         return token
 
-    def judge(self, status_code: int, terms: Terms) -> None:
-        """Learn what the API answered to the token that `renew` returned."""
-        if status_code != 401:
-            self._pause = 0.0
-        self._next_try = self.clock() + self._pause
-        if status_code == 401:
-            what = "%s gave client %r another token that the API refuses (401). Check base_url and what it may do."
-            logger.warning(what, str(terms), terms.client_id)
-
-    def _fetch(self, terms: Terms, deadline: float, ahead: bool) -> Steps[Token | None]:
-        """Yield the steps to a new token, and return it; None if the old one is to be used on."""
-        try:
-            self.token = yield from client_credentials_grant(terms, self.quota, deadline, ahead, self.clock)
-        except Exception as failure:
-            if ahead:
-                logger.warning("a token that is about to expire could not be renewed, and is used on: %s", str(failure))
-                self._ahead_after = self.clock() + AHEAD_PAUSE
-                return None
-            if isinstance(failure, (NexusAuthError, terms.library_error)):  # others are the fault of what was lent
-                refusal = isinstance(failure, TokenRequestError) and failure.error
-                self._next_try = self.clock() + (REFUSAL_MEMORY if refusal else FAILURE_MEMORY)
-                self._failure, self._patience = _as_error_of(terms, failure), terms.max_wait
-            raise
-        self._failure = None
-        return self.token
+    def _fail(self, fault: Fault, call: Call, attempt: Attempt, now: float, *, ahead: bool) -> Failure | None:
+        """Plan another try after `fault` and return None, or remember it and return the failure."""
+        if fault.retry_after:
+            self._endpoint.close(now + fault.retry_after)
+        if ahead:
+            message = "%s %s: the token of client %r, which is about to expire, is used on"
+            logger.warning(message, self._name, fault.reason, self.client.client_id)
+            # It waits for nothing: who would may fare better.
+            return self._change(lambda known: failed(known, fault, call, now, budget=0.0)).failure
+        if fault.kind is not FaultKind.BUSY:
+            attempt.tries += 1
+        elif not fault.retry_after:
+            attempt.busy_answers += 1
+        pause = pause_after(fault, attempt.tries, attempt.busy_answers)
+        left = call.deadline - now
+        if pause is None or (pause.least > left and not fault.retry_after):
+            is_late = pause is not None
+            return self._change(lambda known: failed(known, fault, call, now, out_of_time=is_late)).failure
+        attempt.sends_at, attempt.reason = now + pause.within(left), fault.reason
+        attempt.announced = fault.reason
+        logger.warning("%s %s: the next try is in %.1f s", self._name, fault.reason, attempt.sends_at - now)
+        return None
 
 
-def _as_error_of(terms: Terms, failure: Exception) -> Exception:
-    """Return `failure` anew, as an error of the caller's door: none is to be raised in several threads."""
-    kind: type[Exception] = type(failure)
-    if not isinstance(failure, terms.library_error):
-        kind = terms.token_wait_error if isinstance(failure, TokenWaitError) else terms.token_request_error
-    error = kind.__new__(kind)
-    error.args = failure.args
-    members = {name: value for name, value in vars(failure).items() if "request" not in name}  # the caller's own comes
-    vars(error).update({**vars(terms.library_error("")), **members})
-    return error
+def _wait_for(other: Holder, call: Call, attempt: Attempt, now: float) -> Wait:
+    """Return the wait for the token request of another caller."""
+    if other.caller == attempt.caller:
+        reason = "is being asked in this very call: does a logging handler or a hook call the API?"
+        return Wait(math.inf, other.ends_at, reason, LOOK)
+    if call.waiting_since is None:
+        call.waiting_since = now
+    look_after = min(LOOK, FIRST_LOOK + (now - call.waiting_since) / 4)
+    return Wait(max(now, other.sends_at), other.ends_at, "is being asked for another caller", look_after)
 
 
-_live: weakref.WeakValueDictionary[tuple[str, ...], Credentials] = weakref.WeakValueDictionary()
-_quotas: dict[str, Quota] = {}  # of each token endpoint, to which requests count whoever made them
+_live: weakref.WeakValueDictionary[tuple[Client, "Store | None"], Credentials] = weakref.WeakValueDictionary()
+_endpoints: dict[str, Endpoint] = {}  # one for each URL, to which requests count whoever made them
 
 
-@functools.lru_cache(maxsize=KNOWN)
-def credentials_of(*client: str) -> Credentials:
-    """Return the one object for a token endpoint, client_id, client_secret and scope."""
+@functools.lru_cache(maxsize=KEPT)
+def credentials_of(client: Client, store: "Store | None" = None) -> Credentials:
+    """Return the one object for `client`, with what it shares through `store`."""
+    shared = None
+    if store is not None:
+        from .shared import Shared  # loads what only a store needs
+
+        shared = Shared(store, client)
     with LOCK:
-        return _live.setdefault(client, Credentials(_quotas.setdefault(client[0], Quota())))
+        endpoint = _endpoints.setdefault(client.token_endpoint, Endpoint())
+        return _live.setdefault((client, store), Credentials(client, endpoint, shared))
 
 
 def forget_tokens() -> None:
     """Forget every token, remembered failure and quota count of this process. For tests."""
-    for credentials in list(_live.values()):
-        credentials.forget()
-    for quota in list(_quotas.values()):
-        quota.slots = []
+    with LOCK:
+        for credentials in list(_live.values()):
+            credentials.known = Known()
+        for endpoint in _endpoints.values():
+            endpoint.forget()
 
 
-def _unlock() -> None:
-    """Free a forked child of what other threads of its parent were fetching."""
+def _free_turns() -> None:
+    """Free a forked child of the turns that threads of its parent have taken."""
     for credentials in list(_live.values()):
-        credentials.lock = threading.Lock()
+        credentials.free_turns()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows does not fork
-    os.register_at_fork(after_in_child=_unlock)
-    for _lock in (IMPORTING, LOCK):
-        os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+    os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
+    os.register_at_fork(after_in_child=_free_turns)

@@ -1,58 +1,72 @@
-"""Environments: where a token is asked for, and where it may go."""
+"""Environments of Nexus: where a token is asked for, and where it may go."""
 
 import re
+from dataclasses import dataclass, field
+
+_URL = re.compile(
+    r"""(?aix)
+    (?P<scheme> https?) ://
+    (?P<host> \[ [0-9a-f:.]+ \] | [^][\\/?#@:\s]+ )
+    (?: : (?P<port> [0-9]{1,5}) )?
+    (?: / [^\\?#\s]* )?
+    """
+)
+_LOOPBACK = re.compile(r"(?ai)localhost|127(\.[0-9]+){3}|\[::1\]")
 
 
+@dataclass(frozen=True)
 class Environment:
-    """One installation of Nexus: its token endpoint, and the API that takes its tokens. Frozen.
+    """One installation of Nexus: its token endpoint, and the API that takes its tokens.
 
-    `TEST` and `PRODUCTION` are the two that Quantoz documents. Raises `TypeError` for a URL that is no string, and
-    `ValueError` for one that is not https; plain http is taken for a loopback host only.
+    `TEST` and `PRODUCTION` are the two that Quantoz documents. Raises `TypeError` for an argument that is no string,
+    and `ValueError` for a URL that is not https; plain http is taken for a loopback host only.
     """
 
     name: str
-    token_endpoint: str
-    base_url: str
+    token_endpoint: str = field(kw_only=True)
+    base_url: str = field(kw_only=True)
 
-    def __init__(self, name: str, *, token_endpoint: str, base_url: str) -> None:
-        if not isinstance(name, str) or not name.isprintable():
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isprintable():
             raise TypeError("name of an Environment must be a str of printable characters")
-        for argument, url in (("token_endpoint", token_endpoint), ("base_url", base_url)):
-            if not isinstance(url, str):
-                raise TypeError(f"{argument} must be a str, not {type(url).__name__}")
-            parts = re.fullmatch(r"(?ai:(https?)://(\[[0-9a-f:.]+\]|[^][\\/?#@:\s]+)(:[0-9]{1,5})?(/[^\\?#\s]*)?)", url)
-            if not parts or not url.isprintable() or int((parts[3] or ":0")[1:]) > 65535:
-                raise ValueError(f"{argument} must be an https URL with nothing but a host, port and path")
-            if parts[1].lower() == "http" and not re.fullmatch(r"(?ai:localhost)|127(\.[0-9]+){3}|\[::1\]", parts[2]):
-                raise ValueError(f"{argument} must be https, since secrets go there: plain http is for loopback only")
-        vars(self).update(name=name, token_endpoint=token_endpoint, base_url=base_url)
+        _check_url("token_endpoint", self.token_endpoint)
+        _check_url("base_url", self.base_url)
+
+    def __str__(self) -> str:
+        return f"token endpoint {self.token_endpoint} ({self.name})"
 
     @staticmethod
     def of(value: "Environment | str") -> "Environment":
         """Return `value`, or the environment that the names "test" and "production" stand for."""
-        known = value if isinstance(value, Environment) else {"test": TEST, "production": PRODUCTION}.get(str(value))
-        if known is None:
-            kind = ValueError if isinstance(value, str) else TypeError
-            raise kind(f"unknown environment {value!r}: 'test' or 'production', or an Environment")
-        return known
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"an Environment is frozen: {name} stays as it is")
-
-    def __delattr__(self, name: str) -> None:
-        self.__setattr__(name, None)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Environment) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash((self.name, self.token_endpoint, self.base_url))
-
-    def __repr__(self) -> str:
-        return f"Environment({self.name!r}, token_endpoint={self.token_endpoint!r}, base_url={self.base_url!r})"
+        if isinstance(value, Environment):
+            return value
+        expected = "'test' or 'production', or an Environment"
+        if not isinstance(value, str):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise TypeError(f"environment must be {expected} of {__package__}, not {value!r} (a {kind})")
+        if value not in _KNOWN:
+            raise ValueError(f"unknown environment {value!r}: {expected}")
+        return _KNOWN[value]
 
 
-TEST = Environment("test", base_url="https://testapi.quantoz.com",
-                   token_endpoint="https://testidentity.quantoz.com/connect/token")  # fmt: skip
-PRODUCTION = Environment("production", base_url="https://api.quantoz.com",
-                         token_endpoint="https://identity.quantoz.com/connect/token")  # fmt: skip
+def _check_url(argument: str, url: str) -> None:
+    if not isinstance(url, str):
+        raise TypeError(f"{argument} must be a str, not {type(url).__name__}")
+    parts = _URL.fullmatch(url)
+    if parts is None or not url.isprintable() or int(parts["port"] or 0) > 65535:
+        raise ValueError(f"{argument} must be an https URL with nothing but a host, port and path")
+    if parts["scheme"].lower() == "http" and not _LOOPBACK.fullmatch(parts["host"]):
+        raise ValueError(f"{argument} must be https, since secrets go there: plain http is for loopback only")
+
+
+TEST = Environment(
+    "test",
+    token_endpoint="https://testidentity.quantoz.com/connect/token",
+    base_url="https://testapi.quantoz.com",
+)
+PRODUCTION = Environment(
+    "production",
+    token_endpoint="https://identity.quantoz.com/connect/token",
+    base_url="https://api.quantoz.com",
+)
+_KNOWN = {"test": TEST, "production": PRODUCTION}

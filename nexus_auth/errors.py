@@ -15,16 +15,31 @@ class TokenRequestError(NexusAuthError):
     """The token endpoint refused, or answered with something that is no token.
 
     `error` and `error_description` are those of the error response (RFC 6749 section 5.2), `status_code` is its HTTP
-    status; each is None where there was none. `environment` is the one whose token endpoint was asked.
+    status, `retry_after` the seconds that its Retry-After asked for (RFC 9110 section 10.2.3); each is None where
+    there was none. `environment` is the one whose token endpoint was asked.
     """
 
-    error: str | None = None
-    error_description: str | None = None
-    status_code: int | None = None
-    environment: Environment | None = None
+    def __init__(
+        self,
+        message: str,
+        *,
+        error: str | None = None,
+        error_description: str | None = None,
+        status_code: int | None = None,
+        environment: Environment | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.error = error
+        self.error_description = error_description
+        self.status_code = status_code
+        self.environment = environment
+        self.retry_after = retry_after
 
 
 class TokenWaitError(NexusAuthError):
     """A token would have taken longer than `max_wait`; `retry_after` is in how many seconds to try again."""
 
-    retry_after: float = 0.0
+    def __init__(self, message: str, *, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after

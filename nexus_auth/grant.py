@@ -1,190 +1,183 @@
-"""The client credentials grant (RFC 6749 section 4.4): one generator that says what to do next on the way to a token.
-
-A driver performs its steps and judges nothing; a test drives it by hand. Every wait, every retry and every answer of
-the token endpoint is judged here.
-"""
+"""The client credentials grant (RFC 6749 section 4.4): the token request, and how an answer to it is judged."""
 
 import contextlib
 import email.utils
 import json
 import logging
+import math
 import random
 import re
-import threading
-import time
-from collections.abc import Callable, Generator
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 from urllib.parse import urlencode
 
-from .environment import Environment
-from .errors import TokenRequestError, TokenWaitError
-from .quota import LIMIT, Quota, Slot
+from ._version import __version__
+from .late_import import LateImport
+from .secret import HiddenText
+from .steps import MAX_BODY, Client, Failed, Response
+
+logger: logging.Logger = logging.getLogger(__package__)
+authlib_client = LateImport("authlib.oauth2.client")
 
 TRIES = 4
 BACKOFF = 0.5  # seconds at most before the second try, doubled before each further one
-HEADERS = {"Accept": "application/json", "Content-Type": "application/x-www-form-urlencoded"}
-IMPORTING = threading.Lock()  # not to be forked within: a child waits for ever for what another thread was importing
-T = TypeVar("T")
-logger: logging.Logger = logging.getLogger(__package__)
+BUSY_PAUSE, MAX_BUSY_PAUSE = 1.0, 15.0  # seconds after a 429 that has no Retry-After, doubled from the one to the other
+MAX_RETRY_AFTER = 3600.0  # seconds; a server that asks for more is asked again then
+HEADERS = {
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",  # an answer is short, and one that is packed can be a bomb
+    "Content-Type": "application/x-www-form-urlencoded",
+}
+# RFC 6749 section 5.2: shown in errors even where a secret is a word of one.
+ERROR_CODES = frozenset(
+    ("invalid_request", "invalid_client", "invalid_grant", "unauthorized_client", "unsupported_grant_type",
+     "invalid_scope")
+)  # fmt: skip
 
 
-class Terms(NamedTuple):
-    """What an auth object asks for, in what times (seconds), and the errors of its door.
+class FaultKind(Enum):
+    """What is wrong when a token request brings no token."""
 
-    `library_error` is the base of all errors of the door's HTTP library, and so of the other two.
+    REFUSED = "refused"  # with an OAuth error: to ask again is no use
+    ODD_ANSWER = "odd answer"  # an answer that is neither a token nor an OAuth error
+    BUSY = "busy"  # 429
+    UNAVAILABLE = "unavailable"  # 5xx
+    UNREACHABLE = "unreachable"  # no answer at all
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why there is no token, as data: an error is made of it where it is raised, by the door that raises it."""
+
+    kind: FaultKind
+    reason: str  # continues a sentence that begins with the token endpoint
+    advice: str
+    status_code: int | None = None
+    error: str | None = None
+    error_description: str | None = None
+    retry_after: float | None = None  # seconds
+    library_error: str | None = None  # name of a class of the HTTP library
+    timed_out: bool = False
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A successful response (RFC 6749 section 5.1): the access token, and its lifetime in seconds."""
+
+    access_token: str = field(repr=False)
+    lifetime: float
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Seconds without a token request: `least` of them, and up to `jitter` more, for callers not to come together."""
+
+    least: float
+    jitter: float
+
+    @classmethod
+    def asked_for(cls, retry_after: float) -> "Pause":
+        """Return the pause that Retry-After asks for."""
+        return cls(retry_after, retry_after / 10 + 1)
+
+    def within(self, left: float) -> float:
+        """Return how long it is this time; jitter takes no more than what is `left` of `max_wait`."""
+        return self.least + max(0.0, min(random.uniform(0, self.jitter), left - self.least))
+
+
+def pause_after(fault: Fault, tries: int, busy_answers: int) -> Pause | None:
+    """Return the pause before the next try, None if there is none.
+
+    `tries` were made without the ones that came to a 429: those use up none, since others behind the same IP address
+    use the same quota. `busy_answers` are the ones of them that had no Retry-After.
     """
-
-    environment: Environment
-    client_id: str
-    client_secret: str
-    scope: str
-    leeway: float
-    timeout: float
-    max_wait: float
-    library_error: type[Exception]
-    token_request_error: type[TokenRequestError]
-    token_wait_error: type[TokenWaitError]
-
-    def __repr__(self) -> str:
-        return f"token endpoint {self.environment.token_endpoint} ({self.environment.name})"
+    if fault.kind is FaultKind.BUSY and fault.retry_after:
+        return Pause.asked_for(fault.retry_after)
+    if fault.kind is FaultKind.BUSY:
+        seconds = min(BUSY_PAUSE * 2 ** (busy_answers - 1), MAX_BUSY_PAUSE)
+        return Pause(seconds, seconds / 10)
+    if fault.kind in (FaultKind.UNAVAILABLE, FaultKind.UNREACHABLE) and tries < TRIES:
+        seconds = BACKOFF * 2 ** (tries - 1)
+        return Pause(seconds / 2, seconds / 2)
+    return None
 
 
-class Sleep(float):
-    """Wait so many seconds. Nothing is sent back."""
-
-
-class TokenRequest(float):
-    """POST `form` with `HEADERS` to the token endpoint, with a timeout of so many seconds; follow no redirect.
-
-    Sent back: the HTTP library's response, or the exception that it raised.
-    """
-
-
-Steps = Generator[Sleep | TokenRequest, Any, T]
-
-
-class Token:
-    """An access token, asked for at `asked_at` on the monotonic clock, with `lifetime` seconds to live from then."""
-
-    def __init__(self, access_token: str, lifetime: float, asked_at: float) -> None:
-        self.authorization: str = f"Bearer {access_token}"  # RFC 6750 section 2.1
-        self.expires_at: float = asked_at + lifetime
-        self.half_life: float = asked_at + lifetime / 2
-
-    def is_fresh(self, now: float, leeway: float) -> bool:
-        """Tell whether more than `leeway` seconds are left to live, or more than half of the lifetime."""
-        return now < self.half_life or now < self.expires_at - leeway
-
-
-def client_credentials_grant(
-    terms: Terms, quota: Quota, deadline: float, ahead: bool = False, clock: Callable[[], float] = time.monotonic
-) -> Steps[Token]:
-    """Yield the steps to a new token, and return it.
-
-    Connection errors, 429 and 5xx are tried again, `TRIES` in all, none after `deadline`. With `ahead` nothing is
-    waited for, since the caller has a token that still serves. Raises the errors of `terms`.
-    """
-    attempt = 0
-    while True:
-        attempt, slot = attempt + 1, Slot()
-        try:
-            while (wait := quota.wait(slot, clock())) > 0:
-                yield _sleep(wait, f"takes {LIMIT} requests a minute", terms, 0.0 if ahead else deadline - clock())
-            asked_at = clock()
-            answer = yield TokenRequest(min(terms.timeout, max(0.001, deadline - asked_at)))
-        finally:
-            quota.release(slot, clock())
-        try:
-            return _token(answer, terms, asked_at)
-        except terms.library_error:
-            delay = _retry_delay(answer, BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1))
-            if delay is None or ahead or attempt == TRIES:
-                raise
-        problem = type(answer).__name__ if isinstance(answer, Exception) else f"HTTP {answer.status_code}"
-        yield _sleep(delay, f"failed with {problem}", terms, deadline - clock(), logging.WARNING)
-
-
-def form(terms: Terms) -> str:
+def form(client: Client) -> HiddenText:
     """Return the body of the token request (RFC 6749 section 4.4.2), with the client secret in it."""
-    fields = urlencode({"grant_type": "client_credentials", "scope": terms.scope})
-    method = _oauth_client(terms).client_auth("client_secret_post")
-    return str(method.prepare("POST", terms.environment.token_endpoint, {}, fields)[2])
+    fields = urlencode({"grant_type": "client_credentials", "scope": client.scope})
+    method = _oauth2_client(client).client_auth("client_secret_post")
+    return HiddenText(method.prepare("POST", client.token_endpoint, {}, fields)[2])
 
 
-def _oauth_client(terms: Terms) -> Any:
-    with IMPORTING:
-        from authlib.oauth2.client import OAuth2Client  # loaded late: it takes long, and who has a token needs none
-
-    return OAuth2Client(None, terms.client_id, terms.client_secret)
+def user_agent(library: str) -> str:
+    """Return the User-Agent of token requests (RFC 9110 section 10.1.5), `library` being that of the HTTP library."""
+    return f"nexus-auth/{__version__} {library}"
 
 
-def _sleep(seconds: float, reason: str, terms: Terms, patience: float, level: int = logging.DEBUG) -> Sleep:
-    message = f"{terms} {reason}: the next is due in {seconds:.1f} s"
-    if seconds > patience:
-        error = terms.token_wait_error(f"{message}, later than max_wait allows. Try again then.")
-        error.retry_after = seconds
-        raise error
-    logger.log(logging.WARNING if seconds > 1 else level, message)
-    return Sleep(seconds)
+def judge(answer: Response | Failed, client: Client, wall_clock: float) -> Grant | Fault:
+    """Return the token in `answer`, or why there is none; `wall_clock` is the time in seconds since the epoch."""
+    if isinstance(answer, Failed):
+        reason = _shown(f"{answer.error_name}: {answer.text}", client)
+        return Fault(
+            FaultKind.UNREACHABLE,
+            f"could not be reached ({reason})",
+            "Check network, proxy and TLS settings; those of a session= or client= that you lend apply",
+            library_error=answer.error_name,
+            timed_out=answer.timed_out,
+        )
+    members = _members(answer.body)
+    kind, reason, advice = _complaint(answer, members, client)
+    if kind is None:
+        return Grant(_parsed_access_token(client, members), _lifetime(members.get("expires_in")))
+    return Fault(
+        kind,
+        f"{reason} (HTTP {answer.status_code})",
+        advice,
+        answer.status_code,
+        _shown_error(members.get("error"), client),
+        _shown(members.get("error_description"), client),
+        _retry_after(answer.headers, wall_clock),
+    )
 
 
-def _retry_delay(answer: Any, backoff: float) -> float | None:
-    """Return the seconds until the next try: `backoff`, or what Retry-After asks for (RFC 9110 section 10.2.3)."""
-    if not isinstance(answer, Exception):
-        if answer.status_code != 429 and answer.status_code < 500:
-            return None
-        value = answer.headers.get("Retry-After", "")
-        date: Any = email.utils.parsedate_tz(value)  # in all three formats
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            return max(backoff, float(value) if value.isdecimal() else email.utils.mktime_tz(date) - time.time())
-    return backoff
+def _complaint(answer: Response, members: dict[str, Any], client: Client) -> tuple[FaultKind | None, str, str]:
+    """Return what is wrong with `answer`, in words, and what to do; no kind if nothing is."""
+    status, access_token = answer.status_code, members.get("access_token")
+    error = _shown_error(members.get("error"), client)
+    description = _shown(members.get("error_description"), client)
+    said = ", ".join(filter(None, (error, description)))
+    try_later = "Check token_endpoint; if it is right, try again later"
+    if status == 429:
+        return FaultKind.BUSY, "is busy: it takes 60 token requests per minute for an IP address", "Try again later"
+    if status >= 500:
+        return FaultKind.UNAVAILABLE, f"is down{': ' if said else ''}{said}", try_later
+    if error:
+        advice = "Check client_id, client_secret and scope: are they of this environment?"
+        return FaultKind.REFUSED, f"refused client {client.client_id!r}: {said}", advice
+    if 300 <= status < 400:
+        target = _shown(re.split("[?#]", answer.headers.get("Location", ""))[0], client)
+        return FaultKind.ODD_ANSWER, f"redirected to {target}, which is not followed", try_later
+    if not 200 <= status < 300:
+        return FaultKind.ODD_ANSWER, "gave neither a token nor an OAuth error", try_later
+    if answer.body is None:
+        return FaultKind.ODD_ANSWER, f"gave an answer longer than {MAX_BODY} bytes", try_later
+    if not isinstance(access_token, str) or not re.fullmatch(r"[\x21-\x7e]+", access_token):  # RFC 6749 appendix A.12
+        return FaultKind.ODD_ANSWER, "gave no usable access_token", try_later
+    if str(members.get("token_type", "Bearer")).lower() != "bearer":
+        return FaultKind.ODD_ANSWER, "gave a token of another type than Bearer", try_later
+    return None, "", ""
 
 
-def _token(answer: Any, terms: Terms, asked_at: float) -> Token:
-    """Return the token in `answer` (RFC 6749 section 5.1), or raise the error that stands in its place."""
-    if isinstance(answer, terms.library_error) and not str(answer).startswith(str(terms)):  # a mock's may come twice
-        cause: BaseException = answer
-        while not str(cause) and cause.__context__:  # some errors say nothing, but what they came of does
-            cause = cause.__cause__ or cause.__context__
-        reason = _printable(f"{type(answer).__name__}: {cause}", terms)
-        answer.args = (f"{terms} could not be reached. Check network, proxy and TLS settings. {reason}",)
-    if isinstance(answer, Exception):
-        raise answer
-    members: dict[str, Any] = {}
-    with contextlib.suppress(ValueError, TypeError, RecursionError):  # no JSON, or JSON that is no object
-        members = {**json.loads(answer.content)}
-    if failure := _failure(answer, members, terms):
-        raise failure
-    lifetime = _lifetime(members.get("expires_in"))
-    # Authlib is shown only what was looked at: it takes odd answers for tokens, and odd lifetimes raise.
-    checked = SimpleNamespace(status_code=200, json=lambda: {"access_token": members["access_token"]})
-    token = _oauth_client(terms).parse_response_token(checked)
-    logger.debug("%s: a token for client %r, for %s s", str(terms), terms.client_id, lifetime)
-    return Token(token["access_token"], lifetime, asked_at)
-
-
-def _failure(response: Any, members: dict[str, Any], terms: Terms) -> TokenRequestError | None:
-    """Return the error that `response` is (RFC 6749 section 5.2), None if it is a token."""
-    status, token = response.status_code, members.get("access_token")
-    error, description = (_printable(members.get(name), terms) for name in ("error", "error_description"))
-    target = _printable(re.split("[?#]", response.headers.get("Location", ""))[0], terms)
-    reasons = {
-        f"refused client {terms.client_id!r}: {f'{error}, {description}' if description else error}": error,
-        f"redirected to {target}, which is not followed": 300 <= status < 400,
-        "is busy or down": status == 429 or status >= 500,
-        "gave neither a token nor an OAuth error": not 200 <= status < 300,
-        "gave no usable access_token": not (isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token)),  # A.12
-        "gave a token of another type than Bearer": str(members.get("token_type", "Bearer")).lower() != "bearer",
-    }
-    reason = next((reason for reason, wrong in reasons.items() if wrong), None)
-    if reason is None:
-        return None
-    advice = "Check client_id, client_secret and scope: are they of this environment?"
-    advice = advice if error else "Check token_endpoint; if it is right, try again later."
-    failure = terms.token_request_error(f"{terms} {reason} (HTTP {status}). {advice}")
-    vars(failure).update(error=error, error_description=description, status_code=status, environment=terms.environment)
-    return failure
+def _members(body: bytes | None) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):  # no JSON
+        document = json.loads(body or b"")
+        if isinstance(document, dict):
+            return document
+    return {}
 
 
 def _lifetime(expires_in: Any) -> float:
@@ -192,14 +185,50 @@ def _lifetime(expires_in: Any) -> float:
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         if expires_in is not True and (seconds := float(expires_in)) >= 1:
             return seconds
-    return float("inf")
+    return math.inf
 
 
-def _printable(text: object, terms: Terms) -> str | None:
+def _retry_after(headers: Mapping[str, str], wall_clock: float) -> float | None:
+    """Return the seconds that Retry-After asks for (RFC 9110 section 10.2.3), None if it says nothing sensible."""
+    value = headers.get("Retry-After", "")
+    if value.isdecimal():
+        return min(float(value), MAX_RETRY_AFTER)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        date: Any = email.utils.parsedate_tz(value)  # in all three formats
+        return min(max(0.0, email.utils.mktime_tz(date) - wall_clock), MAX_RETRY_AFTER)
+    return None
+
+
+def _shown_error(error: object, client: Client) -> str | None:
+    return error if isinstance(error, str) and error in ERROR_CODES else _shown(error, client)
+
+
+def _shown(text: object, client: Client) -> str | None:
     """Return what came from elsewhere as an error may show it: on one line, not long, and without the secret."""
     if not isinstance(text, str) or not text:
         return None
     # However it is spelt (percent, HTML, JSON, ...), its letters and digits stay as they are.
-    if all(run in text for run in re.findall("[A-Za-z0-9]+", terms.client_secret)):
+    if all(run in text for run in re.findall("[A-Za-z0-9]+", client.client_secret)):
         return "(withheld: the secret is in it)"
     return "".join(c if c.isprintable() else " " for c in text)[:400]
+
+
+def unpacked(body: bytes, content_encoding: str) -> bytes | None:
+    """Return `body` without its content coding (RFC 9110 section 8.4), None if it is longer than `MAX_BODY`.
+
+    One that cannot be unpacked is returned as it is: it is no JSON then, and no token.
+    """
+    if content_encoding.strip().lower() in ("gzip", "x-gzip", "deflate"):
+        with contextlib.suppress(zlib.error):
+            body = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(body, MAX_BODY + 1)  # 32: either of them
+    return body if len(body) <= MAX_BODY else None
+
+
+def _oauth2_client(client: Client) -> Any:
+    return authlib_client().OAuth2Client(None, client.client_id, client.client_secret)
+
+
+def _parsed_access_token(client: Client, members: dict[str, Any]) -> str:
+    # Authlib is shown only what was looked at: it takes odd answers for tokens, and odd lifetimes raise.
+    checked = SimpleNamespace(status_code=200, json=lambda: {"access_token": members["access_token"]})
+    return str(_oauth2_client(client).parse_response_token(checked)["access_token"])

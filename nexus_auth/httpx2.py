@@ -1,12 +1,22 @@
 """The door for httpx2: `NexusAuth` signs a client, `nexus_client` and `nexus_async_client` make one for Nexus."""
 
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
 try:
     import httpx2
 except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(f"{__name__} needs httpx2: pip install httpx2") from _missing
 
 from . import errors
-from ._httpx_flow import ClientFactory, HTTPXAuth
+from ._httpx_flow import ClientOptions, HTTPXAuth, make_client
+from .environment import Environment
+from .secret import hidden
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .auth import StoreArgument
 
 
 class TokenRequestError(errors.TokenRequestError, httpx2.RequestError):
@@ -25,16 +35,62 @@ class NexusAuth(HTTPXAuth[httpx2.Client | httpx2.AsyncClient], httpx2.Auth):
 
     `environment` is "test", "production" or an `Environment`; `scope` one string, scopes separated by spaces (RFC 6749
     section 3.3). In seconds: from `leeway` before expiry the token is renewed, never before half of its life is over;
-    `timeout` is for one token request, connect and read each; `max_wait` is the longest that one call is held up for
-    want of a token. `client` is lent for token requests: its proxies, TLS settings and mounts apply, nothing else.
+    `timeout` is for one token request as a whole; `max_wait` is the longest that one call is held up for want of a
+    token. `client` is lent for token requests: its proxies, TLS settings and mounts apply, nothing else.
 
     Raises `TypeError` or `ValueError` for a wrong argument. Calls raise `TokenRequestError` or `TokenWaitError`, both
     `httpx2.RequestError` as well, or the connection error that httpx2 raised for the token request.
     """
 
-    _library = httpx2
-    _errors = (httpx2.RequestError, TokenRequestError, TokenWaitError)
+    library: ClassVar[Any] = httpx2
+    library_errors: ClassVar[ModuleType] = httpx2
+    library_error = httpx2.RequestError
+    connection_error = httpx2.ConnectError
+    timeout_error = httpx2.TimeoutException
+    token_request_error = TokenRequestError
+    token_wait_error = TokenWaitError
 
 
-nexus_client: ClientFactory[httpx2.Client] = ClientFactory(httpx2.Client, NexusAuth)
-nexus_async_client: ClientFactory[httpx2.AsyncClient] = ClientFactory(httpx2.AsyncClient, NexusAuth)
+def nexus_client(
+    client_id: str,
+    client_secret: str,
+    environment: Environment | str,
+    *,
+    scope: str = "api1",
+    leeway: float = 60,
+    max_wait: float = 75,
+    store: "StoreArgument | None" = None,
+    iso8601: bool = False,
+    **client_options: "Unpack[ClientOptions]",
+) -> httpx2.Client:
+    """Return a client for the Nexus API: `client.get("/customer")`. Its settings hold for token requests too.
+
+    `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`; `client_options` are those of `httpx2.Client`. The other
+    arguments and the errors are those of `NexusAuth`.
+    """
+    client_secret = hidden(client_secret)
+    options = {"scope": scope, "leeway": leeway, "max_wait": max_wait, "store": hidden(store)}
+    credentials = client_id, client_secret, environment
+    return make_client(httpx2.Client, NexusAuth, credentials, options, iso8601, client_options)
+
+
+def nexus_async_client(
+    client_id: str,
+    client_secret: str,
+    environment: Environment | str,
+    *,
+    scope: str = "api1",
+    leeway: float = 60,
+    max_wait: float = 75,
+    store: "StoreArgument | None" = None,
+    iso8601: bool = False,
+    **client_options: "Unpack[ClientOptions]",
+) -> httpx2.AsyncClient:
+    """Return what `nexus_client` returns, as an asynchronous client.
+
+    The arguments and the errors are those of `nexus_client`.
+    """
+    client_secret = hidden(client_secret)
+    options = {"scope": scope, "leeway": leeway, "max_wait": max_wait, "store": hidden(store)}
+    credentials = client_id, client_secret, environment
+    return make_client(httpx2.AsyncClient, NexusAuth, credentials, options, iso8601, client_options)

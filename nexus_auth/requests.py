@@ -3,19 +3,39 @@
 import contextlib
 import copy
 import functools
+import pickle
 import re
-from typing import Any
+import time
+import weakref
+from collections.abc import Collection, Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 try:
     import requests
+    from requests.adapters import BaseAdapter, HTTPAdapter
     from requests.auth import AuthBase
+    from requests.cookies import get_cookie_header
+    from requests.sessions import Session, SessionRedirectMixin
+    from requests.utils import default_user_agent, rewind_body
+    from urllib3 import HTTPResponse, Retry, Timeout
+    from urllib3.exceptions import HTTPError, ReadTimeoutError
 except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(f"{__name__} needs requests: pip install requests") from _missing
 
 from . import errors
-from .auth import BaseAuth
+from .auth import BaseAuth, merged_cookies, own_send
 from .environment import Environment
-from .grant import HEADERS, Token, form
+from .grant import HEADERS, form, logger, unpacked, user_agent
+from .known import Call
+from .secret import hidden
+from .steps import MAX_BODY, Failed, Response, SendTokenRequest
+from .token import Token
+
+if TYPE_CHECKING:
+    from .auth import StoreArgument
+
+CHUNK = 2**16  # bytes that are read at once, at most
 
 
 class TokenRequestError(errors.TokenRequestError, requests.RequestException):
@@ -34,70 +54,201 @@ class NexusAuth(BaseAuth, AuthBase):
 
     `environment` is "test", "production" or an `Environment`; `scope` one string, scopes separated by spaces (RFC 6749
     section 3.3). In seconds: from `leeway` before expiry the token is renewed, never earlier than half of its life;
-    `timeout` is for one token request, connect and read each; `max_wait` is the longest that one call is held up for
-    want of a token. `session` is lent for token requests: its proxies, TLS settings and mounts apply, nothing else.
+    `timeout` is for one token request as a whole; `max_wait` is the longest that one call is held up for want of a
+    token. `session` is lent for token requests: its proxies, TLS settings and mounts apply, nothing else.
 
     Raises `TypeError` or `ValueError` for a wrong argument. Calls raise `TokenRequestError` or `TokenWaitError`, both
     `requests.RequestException` as well, or the connection error that requests raised for the token request.
     """
 
-    _errors = (requests.RequestException, TokenRequestError, TokenWaitError)
+    library_errors: ClassVar[ModuleType] = requests.exceptions
+    library_error = requests.RequestException
+    connection_error = requests.ConnectionError
+    timeout_error = requests.Timeout
+    token_request_error = TokenRequestError
+    token_wait_error = TokenWaitError
 
-    def __init__(self, client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
-                 leeway: float = 60, timeout: float = 10, max_wait: float = 75,
-                 session: requests.Session | None = None) -> None:  # fmt: skip
-        if not isinstance(session, (requests.Session, type(None))):
+    def __init__(
+        self,
+        client_id: str,
+        client_secret: str,
+        environment: Environment | str,
+        *,
+        scope: str = "api1",
+        leeway: float = 60,
+        timeout: float = 10,
+        max_wait: float = 75,
+        store: "StoreArgument | None" = None,
+        session: requests.Session | None = None,
+    ) -> None:
+        client_secret, store = hidden(client_secret), hidden(store)
+        # Not `Session`, which caching libraries replace: a session may be made of either class.
+        if not isinstance(session, (SessionRedirectMixin, type(None))):
             raise TypeError(f"session must be a requests.Session, not {type(session).__name__}")
-        super().__init__(client_id, client_secret, environment, scope, leeway, timeout, max_wait, session)
-        spelt = str(requests.Request("GET", self.environment.base_url).prepare().url)
-        self._origin = "/".join(spelt.split("/")[:3]) + "/"
+        super().__init__(
+            client_id, client_secret, environment,
+            scope=scope, leeway=leeway, timeout=timeout, max_wait=max_wait, store=store, lent=session,
+        )  # fmt: skip
+        base_url = str(requests.Request("GET", self.environment.base_url).prepare().url)
+        self._origin = "/".join(base_url.split("/")[:3]) + "/"
 
     def __call__(self, r: requests.PreparedRequest) -> requests.PreparedRequest:
         """Sign `r`, if it goes to the Nexus API (requests calls this)."""
         if not isinstance(r, requests.PreparedRequest):
-            return super().__call__(r)
-        if str(r.url).startswith(self._origin) or self._has(r.url):
-            token = self._fresh_token() or self._perform(self._token, r)
-            r.headers["Authorization"] = token.authorization
-            r.hooks["response"].append(_Hook(self._mend, token))
+            raise self._reject(r)
+        if not self._has(str(r.url)):
+            self._say_no_token_sent(r.url)
+            return r
+        call = Call(self._limits)
+        token = self._fresh_token() or self._token(self._obtain(call), r)
+        r.headers["Authorization"] = token.authorization
+        r.hooks["response"].append(_Hook(self._mend, call, token))
         return r
 
-    def _mend(self, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
+    def _mend(self, call: Call, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
         """Return what comes of sending a request once more whose `token` the API refused, or `response`."""
+        request = response.request  # after redirects within the API, the last one
+        if request.headers.get("Authorization") != token.authorization or not self._has(str(request.url)):
+            return response  # of a stranger to whom the API redirected
+        self._credentials.answered(token.access_token, response.status_code)
         if response.status_code != 401:
             return response
         response.content  # noqa: B018  once it is read, its connection is free for what follows
-        renewed = self._perform(self._renewed, token, response, None)
+        connection: Any = getattr(response, "connection", None)  # of the adapter, unless that made a bare response
+        call.repeatable = connection is not None and _rewound(request)
+        renewed = self._replay_token(self._obtain(call, token.access_token), call, request)
         if renewed is None:
             return response
-        replay = response.request.copy()  # the caller's own may be sent again, with this hook
-        replay.headers["Authorization"] = renewed.authorization
-        answer: requests.Response = response.connection.send(replay, **kwargs)
+        replay = _replay_of(response, renewed)
+        with self._replay(call) as status_codes:
+            answer: requests.Response = connection.send(replay, **kwargs)
+            status_codes.append(answer.status_code)
         answer.history.append(response)
-        self._credentials.judge(answer.status_code, self._terms)
         return answer
 
-    def _has(self, url: Any) -> bool:
+    def _has(self, url: str) -> bool:
+        """Tell whether `url` is within the environment's own origin."""
+        if url.startswith(self._origin):
+            return True
         # Requests counts https as a better http, which here is another origin.
         is_other_scheme = url.partition(":")[0].lower() != self._origin.partition(":")[0]
-        return not is_other_scheme and not requests.sessions.SessionRedirectMixin().should_strip_auth(self._origin, url)
+        return not is_other_scheme and not SessionRedirectMixin().should_strip_auth(self._origin, url)
 
-    def _rewound(self, request: requests.PreparedRequest, marks: Any) -> bool:  # noqa: ARG002
-        with contextlib.suppress(requests.exceptions.UnrewindableBodyError, ValueError):  # ValueError: closed meanwhile
-            if not isinstance(request.body, (bytes, str, type(None))):
-                requests.utils.rewind_body(request)
-            return True
+    def _travelling(self) -> requests.Session | None:
+        lent = self._borrowed
+        if lent is None or isinstance(self._lent, weakref.ref):  # a copy of such a session lends itself
+            return None
+        settings = Session()
+        for name in ("proxies", "verify", "cert", "trust_env", "adapters"):
+            setattr(settings, name, getattr(lent, name))
+        try:
+            pickle.dumps(settings)
+        except Exception as error:  # whatever the adapters of others raise
+            logger.debug("the session that is lent stays behind when its auth is pickled: %s", error)
+            return None
+        return settings
+
+    def _send(self, step: SendTokenRequest) -> Response | Failed:
+        url, lent = step.client.token_endpoint, self._borrowed
+        headers = {**HEADERS, "User-Agent": user_agent(default_user_agent())}
+        prepared = requests.Request("POST", url, headers=headers, data=form(step.client)).prepare()
+        deadline = time.monotonic() + step.timeout
+        options: dict[str, Any] = {"timeout": Timeout(total=step.timeout), "allow_redirects": False, "stream": True}
+        with contextlib.ExitStack() as stack:
+            try:
+                if lent is None:
+                    session = stack.enter_context(_TokenSession())
+                    session.trust_env = not url.lower().startswith("http:")  # which is loopback: no proxy leads there
+                    response = session.send(prepared, **options)
+                elif send := own_send(lent):
+                    response = send(prepared, **options)
+                else:
+                    settings = lent.merge_environment_settings(url, {}, True, None, None)
+                    response = _TokenSession(lent.get_adapter(url)).send(prepared, **{**settings, **options})
+                stack.callback(response.close)
+                return Response(response.status_code, response.headers, _body(response, deadline))
+            except requests.RequestException as error:
+                return self._failed(error)
+
+
+class _TokenSession(Session):
+    """A session for one token request, with nothing of the caller's in it but perhaps an adapter."""
+
+    def __init__(self, adapter: BaseAdapter | None = None) -> None:
+        super().__init__()
+        if adapter is not None:
+            for prefix in self.adapters:
+                self.adapters[prefix] = _without_retries(adapter)
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Return None: no redirect is followed, and none is prepared, which would read the whole body."""
+
+
+def _without_retries(adapter: BaseAdapter) -> BaseAdapter:
+    """Return an adapter with the pools of `adapter` that sends each request once: what is sent more often counts more.
+
+    A copy by `copy.copy` would have new pools, and lose what a subclass added.
+    """
+    if not isinstance(adapter, HTTPAdapter) or adapter.max_retries.total == 0:
+        return adapter
+    twin = object.__new__(type(adapter))
+    slots = [name for kind in type(adapter).__mro__ for name in getattr(kind, "__slots__", ())]
+    for name in (*adapter.__dict__, *slots):
+        if hasattr(adapter, name):
+            setattr(twin, name, getattr(adapter, name))
+    twin.max_retries = Retry(0, read=False)
+    return twin
+
+
+def _body(response: requests.Response, deadline: float) -> bytes | None:
+    """Return the body of `response`, None if it is longer than `MAX_BODY`; raise an error of requests at `deadline`."""
+    body = bytearray()
+    if isinstance(response.raw, HTTPResponse):
+        for chunk in _chunks(response.raw):
+            body += chunk
+            if len(body) > MAX_BODY:
+                return None
+            if time.monotonic() > deadline:
+                raise requests.ReadTimeout("the answer has not come to its end in time")
+    if body:
+        return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
+    content = response.content or b""  # what a mock or an adapter has read already
+    return content if len(content) <= MAX_BODY else None
+
+
+def _chunks(raw: HTTPResponse) -> Iterator[bytes]:
+    """Yield the parts of a body as they come, still packed."""
+    # urllib3 1.26 has no read1; there a single byte comes as soon as it is here, too.
+    read: Any = functools.partial(raw.read1, CHUNK) if hasattr(raw, "read1") else functools.partial(raw.read, 1)
+    try:
+        while chunk := read(decode_content=False):
+            yield chunk
+    except ReadTimeoutError as error:
+        raise requests.ReadTimeout(str(error)) from error
+    except (HTTPError, ValueError) as error:  # ValueError: a length that is none
+        raise requests.exceptions.ChunkedEncodingError(str(error)) from error
+
+
+def _replay_of(refused: requests.Response, token: Token) -> requests.PreparedRequest:
+    """Return the request of the response `refused` with another `token`, and the cookies that came with the 401."""
+    replay = refused.request.copy()  # the caller's own may be sent again, with its hook
+    replay.headers["Authorization"] = token.authorization
+    sent = str(replay.headers.pop("Cookie", ""))  # the libraries add none where there is one
+    if cookies := merged_cookies(sent, get_cookie_header(refused.cookies, replay) or ""):
+        replay.headers["Cookie"] = cookies
+    return replay
+
+
+def _rewound(request: requests.PreparedRequest) -> bool:
+    """Tell whether the body of `request` can be sent again whole, and set a file back to where it stood."""
+    body = request.body
+    if body is None or isinstance(body, (bytes, str, bytearray, memoryview, Collection)):
+        return True
+    try:
+        rewind_body(request)
+    except (requests.exceptions.UnrewindableBodyError, ValueError):  # ValueError: closed meanwhile
         return False
-
-    def _send(self, timeout: float) -> requests.Response:
-        # By the adapter, not the session: no header, cookie, hook or auth of a session gets in, and no redirect.
-        url = self.environment.token_endpoint
-        prepared = requests.Request("POST", url, headers=HEADERS, data=form(self._terms)).prepare()
-        with contextlib.nullcontext(self._lent) if self._lent else requests.Session() as session:
-            settings = session.merge_environment_settings(url, {}, False, None, None)
-            response = session.get_adapter(url).send(prepared, timeout=timeout, **settings)
-            response.content  # noqa: B018  read before the session closes
-            return response
+    return True
 
 
 class _Hook(functools.partial[requests.Response]):
@@ -105,6 +256,9 @@ class _Hook(functools.partial[requests.Response]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial, (_pass_on,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return self
 
 
 def _pass_on(response: requests.Response, **_: Any) -> requests.Response:
@@ -114,8 +268,9 @@ def _pass_on(response: requests.Response, **_: Any) -> requests.Response:
 class NexusSession(requests.Session):
     """A `requests.Session` that takes paths relative to `base_url`, and keeps the token on redirects within it."""
 
-    __attrs__: list[str] = [*requests.Session.__attrs__, "base_url"]  # noqa: RUF012
+    __attrs__: list[str] = [*requests.Session.__attrs__, "base_url", "lends_itself"]  # noqa: RUF012
     base_url: str
+    lends_itself: bool = False
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
         """Prepare `request`, its URL joined to `base_url` unless it is absolute."""
@@ -133,19 +288,42 @@ class NexusSession(requests.Session):
         elif self.should_strip_auth(str(response.request.url), url):
             prepared_request.headers.pop("Authorization", None)  # that of a stranger
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.lends_itself and isinstance(self.auth, NexusAuth):
+            self.lend_to(self.auth)
 
-def nexus_session(client_id: str, client_secret: str, environment: Environment | str, *, scope: str = "api1",
-                  leeway: float = 60, timeout: float = 10, max_wait: float = 75,
-                  iso8601: bool = False) -> NexusSession:  # fmt: skip
+    def lend_to(self, auth: NexusAuth) -> None:
+        """Sign with a copy of `auth` to which this session is lent: weakly, or neither would be freed at once."""
+        self.lends_itself = True
+        self.auth = auth.lent(weakref.ref(self))
+
+
+def nexus_session(
+    client_id: str,
+    client_secret: str,
+    environment: Environment | str,
+    *,
+    scope: str = "api1",
+    leeway: float = 60,
+    timeout: float = 10,
+    max_wait: float = 75,
+    store: "StoreArgument | None" = None,
+    iso8601: bool = False,
+) -> NexusSession:
     """Return a session for the Nexus API: `session.get("/customer")`. Its settings hold for token requests too.
 
     `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`. The other arguments and the errors are those of
     `NexusAuth` (`timeout` is for token requests; requests takes that of an API call with each call).
     """
+    client_secret, store = hidden(client_secret), hidden(store)
+    auth = NexusAuth(
+        client_id, client_secret, environment,
+        scope=scope, leeway=leeway, timeout=timeout, max_wait=max_wait, store=store,
+    )  # fmt: skip
     session = NexusSession()
-    session.base_url = Environment.of(environment).base_url
-    session.auth = NexusAuth(client_id, client_secret, environment, scope=scope, leeway=leeway, timeout=timeout,
-                             max_wait=max_wait, session=session)  # fmt: skip
+    session.base_url = auth.environment.base_url
+    session.lend_to(auth)
     if iso8601:
         session.headers["request_iso8601"] = "true"
     return session
