@@ -27,3 +27,7 @@ def __getattr__(name: str) -> Any:
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(homes[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__  # help() and completion know of what is loaded late, too

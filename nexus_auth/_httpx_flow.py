@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Generator, Map
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
-from .auth import BaseAuth, merged_cookies, own_send
+from .auth import BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env
 from .environment import Environment
 from .event_loop import anyio, here, in_own_thread
 from .grant import HEADERS, authlib_client, form, logger, unpacked, user_agent
@@ -36,6 +36,16 @@ ClientOptions = TypedDict("ClientOptions", {  # what both libraries take; Any is
     "follow_redirects": bool, "limits": Any, "max_redirects": int, "transport": Any,
     "event_hooks": Mapping[str, list[Callable[..., Any]]], "default_encoding": str | Callable[[bytes], str],
 }, total=False)  # fmt: skip
+
+
+class FactoryOptions(ClientOptions, total=False):
+    """The options of `nexus_client` and `nexus_async_client`, for type checkers."""
+
+    scope: str
+    leeway: float
+    max_wait: float
+    store: "StoreArgument | None"
+    iso8601: bool
 
 
 class HTTPXAuth(BaseAuth, Generic[C]):
@@ -317,7 +327,7 @@ class Body:
 
 def _positions(stream: Any, library: Any) -> tuple[tuple[Any, int], ...] | None:
     """Return the files that `stream` reads and where they stand, None if it could not be sent again whole."""
-    kind = type(stream)
+    kind = stream.__class__
     if kind is library.ByteStream:
         return ()
     if not hasattr(kind, "__iter__") or not kind.__module__.startswith(f"{library.__name__}."):
@@ -335,8 +345,8 @@ def _positions(stream: Any, library: Any) -> tuple[tuple[Any, int], ...] | None:
 def make_client(
     kind: Callable[..., C],
     auth_class: Callable[..., Any],
-    credentials: tuple[str, str, Environment | str],
-    auth_options: Mapping[str, Any],
+    credentials: tuple[str | None, str | None, Environment | str | None],
+    auth_options: dict[str, Any],
     iso8601: bool,
     client_options: Mapping[str, Any],
 ) -> C:
@@ -344,12 +354,16 @@ def make_client(
 
     It is lent weakly, since it owns the auth: neither would be freed at once.
     """
-    environment = Environment.of(credentials[2])
+    if credentials == (None, None, None):
+        auth_options["store"] = auth_options["store"] or store_from_env()
+    client_id, client_secret, name = credentials_or_env(*credentials)
+    environment = Environment.of(name)
     client: Any = kind(auth=None, base_url=environment.base_url, **client_options)
     if iso8601:
         client.headers["request_iso8601"] = "true"
     timeout = {"timeout": client.timeout.read} if "timeout" in client_options and client.timeout.read else {}
-    client.auth = auth_class(*credentials, **auth_options, **timeout).lent(weakref.ref(client))
+    auth = auth_class(client_id, client_secret, environment, **auth_options, **timeout)
+    client.auth = auth.lent(weakref.ref(client))
     return client  # type: ignore[no-any-return]
 
 

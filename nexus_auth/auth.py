@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -114,7 +114,7 @@ class BaseAuth(ABC):
         return {**self.__dict__, "_credentials": None, "_lent": self._travelling()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._credentials = credentials_of(self._client, self._store)
 
     def lent(self: A, lent: Any) -> A:
@@ -126,7 +126,8 @@ class BaseAuth(ABC):
     @property
     def _borrowed(self) -> Any:
         """The session or client that is lent, if it still lives: that of a factory lends itself, and owns its auth."""
-        return self._lent() if isinstance(self._lent, weakref.ref) else self._lent
+        is_weak = isinstance(self._lent, weakref.ref)
+        return self._lent() if is_weak else self._lent
 
     @abstractmethod
     def _travelling(self) -> Any:
@@ -173,7 +174,7 @@ class BaseAuth(ABC):
         return token
 
     @contextlib.contextmanager
-    def _replay(self, call: Call) -> Iterator[list[int]]:
+    def _replay(self, call: Call) -> Generator[list[int], None, None]:
         """Judge by the status code that is put into the list whether the renewal of the token has helped."""
         status_codes: list[int] = []
         try:
@@ -263,7 +264,7 @@ def own_send(lent: Any) -> Any:
     """Return the `send` that was set on the session or client itself, as mocks do; None if it has only its class's."""
     send = lent.send
     # Not by `vars`: CPython looks up attributes more slowly once the __dict__ of an object has been asked for.
-    return send if getattr(send, "__func__", None) is not type(lent).send else None
+    return send if getattr(send, "__func__", None) is not lent.__class__.send else None
 
 
 def merged_cookies(sent: str, received: str) -> str:
@@ -287,6 +288,22 @@ def credentials_from_env(prefix: str) -> tuple[str, str, Environment | str]:
         urls = {"token_endpoint": str(values["TOKEN_ENDPOINT"]), "base_url": str(values["BASE_URL"])}
         environment = Environment("custom", **urls)
     return str(values["CLIENT_ID"]), values["CLIENT_SECRET"], environment
+
+
+def credentials_or_env(
+    client_id: str | None, client_secret: str | None, environment: Environment | str | None
+) -> tuple[str, str, Environment | str]:
+    """Return the three arguments of a factory, or what the environment variables say if it was called without them.
+
+    Raises `TypeError` for some of the three but not all, naming what is missing; see `from_env` for the variables.
+    """
+    given = {"client_id": client_id, "client_secret": client_secret, "environment": environment}
+    missing = [name for name, value in given.items() if value is None]
+    if client_id is not None and client_secret is not None and environment is not None:
+        return client_id, client_secret, environment
+    if len(missing) == len(given):
+        return credentials_from_env("NEXUS_")
+    raise TypeError(f"missing: {', '.join(missing)}; without all three the environment variables NEXUS_* are read")
 
 
 def store_from_env(prefix: str = "NEXUS_") -> str | None:

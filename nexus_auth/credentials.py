@@ -64,6 +64,9 @@ class Wait:
     look_after: float  # seconds until it is worth looking again
 
 
+LOOK_AGAIN = Wait(0.0, 0.0, "", 0.0)  # something has changed: it is to be decided anew
+
+
 @dataclass
 class Attempt:
     """What one call has done so far to fetch a token itself, in place of one that was `refused`."""
@@ -173,25 +176,22 @@ class Credentials:
         """Yield one step after the other towards a token: decide, then wait or send a token request, and again."""
         while True:
             now = self._clock()
-            known = self.known
-            decision = decide(known, now, call, attempt.refused)
-            fallback = decision.fallback if isinstance(decision, Fetch) else None
-            if isinstance(decision, GiveUp) and call.insists:
+            decision = decide(self.known, now, call, attempt.refused)
+            fallback: Token | None = None
+            wait: Wait | None
+            if isinstance(decision, Fetch):
+                fallback = decision.fallback
+                wait = yield from self._clearance(call, attempt, fallback)
+            elif isinstance(decision, GiveUp) and call.insists:
                 until = now + decision.retry_after
-                wait: Wait | None = Wait(until, until, "gives tokens that are refused, one after the other", LOOK)
-            elif isinstance(decision, Fetch):
-                wait = self._wait(call, attempt, now)
-                if wait is None and self._shared is not None:
-                    wait = yield from self._wait_for_processes(self._shared, call, attempt, fallback)
-                    if self.known is not known:
-                        continue
-                if wait is None:
-                    wait = yield from self._wait_for_permit(call, attempt)
+                wait = Wait(until, until, "gives tokens that are refused, one after the other", LOOK)
             else:
                 return decision
             now = self._clock()
             if wait is None:
                 yield from self._fetch(call, attempt, ahead=fallback is not None)
+            elif wait is LOOK_AGAIN:
+                continue
             elif fallback is not None:
                 self._postpone(max(wait.until, now + AHEAD_PAUSE))
                 return Use(fallback)
@@ -203,12 +203,22 @@ class Credentials:
                 self._announce(wait, attempt, now)
                 yield Sleep(min(wait.look_after, call.deadline - now))
 
+    def _clearance(self, call: Call, attempt: Attempt, fallback: Token | None) -> Steps["Wait | None"]:
+        """Return what `call` has to wait for before it may send a token request; None: it has turn and permit."""
+        wait = self._turn(call, attempt)
+        if wait is None and self._shared is not None:
+            wait = yield from self._shared_turn(self._shared, call, attempt, fallback)
+        if wait is None:
+            wait = yield from self._permit(call, attempt)
+        return wait
+
     def _postpone(self, until: float) -> None:
         """Try no renewal ahead of expiry before `until`."""
         self._change(lambda known: replace(known, ahead_after=until))
 
-    def _wait(self, call: Call, attempt: Attempt, now: float) -> Wait | None:
-        """Return what `call` has to wait for, of what this process knows; None: it has the turn to fetch."""
+    def _turn(self, call: Call, attempt: Attempt) -> Wait | None:
+        """Return the wait for this process's turn to fetch; None: it is that of `call`, and no pause is in its way."""
+        now = self._clock()
         pause = self._pause(call, attempt, now)
         if pause and pause.until > call.deadline:
             return pause  # whoever fetches: it is told at once
@@ -218,47 +228,57 @@ class Credentials:
             return _wait_for(other, call, attempt, now)
         return pause
 
-    def _wait_for_processes(
+    def _pause(self, call: Call, attempt: Attempt, now: float) -> Wait | None:
+        """Return the wait that the token endpoint asked for, or that follows a fault."""
+        closed_for = self._endpoint.closed_until - now
+        if closed_for > max(0.0, attempt.sends_at - now):
+            attempt.sends_at = now + Pause.asked_for(closed_for).within(call.deadline - now)
+            attempt.reason = "wants no token request for now (Retry-After)"
+        if attempt.sends_at <= now:
+            return None
+        return Wait(attempt.sends_at, attempt.sends_at, attempt.reason, min(LOOK, attempt.sends_at - now))
+
+    def _shared_turn(
         self, shared: "Shared", call: Call, attempt: Attempt, fallback: Token | None
-    ) -> Steps[Wait | None]:
-        """Keep what other processes have left, and return what to wait for; None: it is the turn of this one."""
+    ) -> Steps["Wait | None"]:
+        """Return the wait for the turn that processes share, after a look at what they have left; None: it is ours."""
 
         def concerns(failure: Failure) -> bool:
             return fallback is not None or failure.holds_for(call, self._clock())
 
         token = self.known.token
         familiar = {attempt.refused, token.access_token if token else None}
-        hold = call.limits.timeout + TURN_MARGIN
-        look = functools.partial(shared.look, attempt.owner, hold, familiar, concerns)
+        look = functools.partial(shared.look, attempt.owner, call.limits.timeout + TURN_MARGIN, familiar, concerns)
         news: News | None = yield from self._in_store(look, None)
         now = self._clock()
         if news is None:
             return None
-        if news.closed_for:
-            self._endpoint.close(now + news.closed_for)
-            return self._pause(call, attempt, now)
         if news.token is not None or news.failure is not None:
             self._change(lambda known: told(known, news.token, news.failure))
-            return None
-        attempt.has_shared_turn = news.turn_in == 0
+            return LOOK_AGAIN
+        if news.closed_for > 0:
+            self._endpoint.close(now + news.closed_for)
+            return LOOK_AGAIN
+        attempt.has_shared_turn = news.turn_in <= 0
         if attempt.has_shared_turn:
             return None
         attempt.shared_looks += 1
+        if call.waiting_since is None:
+            call.waiting_since = now
         look_after = min(SHARED_LOOK, FIRST_SHARED_LOOK * 1.5**attempt.shared_looks)
-        call.waiting_since = call.waiting_since or now
         return Wait(now, now + news.turn_in, "is being asked by another process", look_after)
 
-    def _wait_for_permit(self, call: Call, attempt: Attempt) -> Steps[Wait | None]:
+    def _permit(self, call: Call, attempt: Attempt) -> Steps["Wait | None"]:
         """Return the wait for a permit of the quota; None: one is held."""
         now, hold = self._clock(), call.limits.timeout + KEEP
         seconds, look = self._endpoint.acquire(attempt.permit, hold, now), LOOK
-        if seconds == 0 and self._shared is not None:
-            shared = self._shared
-            seconds = yield from self._in_store(lambda: shared.acquire(attempt.permit, hold), 0.0)
+        if seconds <= 0 and self._shared is not None:
+            acquire = functools.partial(self._shared.acquire, attempt.permit, hold)
+            seconds = yield from self._in_store(acquire, 0.0)
             now, look = self._clock(), SHARED_LOOK
             if seconds > 0:
                 self._endpoint.give_back(attempt.permit)
-        if seconds == 0:
+        if seconds <= 0:
             return None
         reason = f"takes {LIMIT} token requests a minute, and they have been made"
         return Wait(now + seconds, now + seconds, reason, min(look, seconds))
@@ -288,16 +308,6 @@ class Credentials:
             self._shared.gave_up()
             return otherwise
         return answer  # type: ignore[no-any-return]
-
-    def _pause(self, call: Call, attempt: Attempt, now: float) -> Wait | None:
-        """Return the wait that the token endpoint asked for, or that follows a fault."""
-        closed_for = self._endpoint.closed_until - now
-        if closed_for > max(0.0, attempt.sends_at - now):
-            attempt.sends_at = now + Pause.asked_for(closed_for).within(call.deadline - now)
-            attempt.reason = "wants no token request for now (Retry-After)"
-        if attempt.sends_at <= now:
-            return None
-        return Wait(attempt.sends_at, attempt.sends_at, attempt.reason, min(LOOK, attempt.sends_at - now))
 
     def _announce(self, wait: Wait, attempt: Attempt, now: float) -> None:
         """Log what is waited for, once."""

@@ -174,9 +174,9 @@ def _complaint(answer: Response, members: dict[str, Any], client: Client) -> tup
 
 def _members(body: bytes | None) -> dict[str, Any]:
     with contextlib.suppress(ValueError, RecursionError):  # no JSON
-        document = json.loads(body or b"")
+        document: Any = json.loads(body or b"")
         if isinstance(document, dict):
-            return document
+            return {**document}
     return {}
 
 

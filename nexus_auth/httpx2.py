@@ -1,7 +1,7 @@
 """The door for httpx2: `NexusAuth` signs a client, `nexus_client` and `nexus_async_client` make one for Nexus."""
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 try:
     import httpx2
@@ -9,7 +9,7 @@ except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(f"{__name__} needs httpx2: pip install httpx2") from _missing
 
 from . import errors
-from ._httpx_flow import ClientOptions, HTTPXAuth, make_client
+from ._httpx_flow import ClientOptions, FactoryOptions, HTTPXAuth, make_client
 from .environment import Environment
 from .secret import hidden
 
@@ -51,10 +51,16 @@ class NexusAuth(HTTPXAuth[httpx2.Client | httpx2.AsyncClient], httpx2.Auth):
     token_wait_error = TokenWaitError
 
 
+@overload
 def nexus_client(
-    client_id: str,
-    client_secret: str,
-    environment: Environment | str,
+    client_id: str, client_secret: str, environment: Environment | str, **options: "Unpack[FactoryOptions]"
+) -> httpx2.Client: ...
+@overload
+def nexus_client(**options: "Unpack[FactoryOptions]") -> httpx2.Client: ...
+def nexus_client(
+    client_id: str | None = None,
+    client_secret: str | None = None,
+    environment: Environment | str | None = None,
     *,
     scope: str = "api1",
     leeway: float = 60,
@@ -65,8 +71,9 @@ def nexus_client(
 ) -> httpx2.Client:
     """Return a client for the Nexus API: `client.get("/customer")`. Its settings hold for token requests too.
 
-    `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`; `client_options` are those of `httpx2.Client`. The other
-    arguments and the errors are those of `NexusAuth`.
+    Without `client_id`, `client_secret` and `environment` it is that of the environment variables; see
+    `NexusAuth.from_env`. `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`; `client_options` are those of
+    `httpx2.Client`. The other arguments and the errors are those of `NexusAuth`.
     """
     client_secret = hidden(client_secret)
     options = {"scope": scope, "leeway": leeway, "max_wait": max_wait, "store": hidden(store)}
@@ -74,10 +81,16 @@ def nexus_client(
     return make_client(httpx2.Client, NexusAuth, credentials, options, iso8601, client_options)
 
 
+@overload
 def nexus_async_client(
-    client_id: str,
-    client_secret: str,
-    environment: Environment | str,
+    client_id: str, client_secret: str, environment: Environment | str, **options: "Unpack[FactoryOptions]"
+) -> httpx2.AsyncClient: ...
+@overload
+def nexus_async_client(**options: "Unpack[FactoryOptions]") -> httpx2.AsyncClient: ...
+def nexus_async_client(
+    client_id: str | None = None,
+    client_secret: str | None = None,
+    environment: Environment | str | None = None,
     *,
     scope: str = "api1",
     leeway: float = 60,

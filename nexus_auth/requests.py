@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Collection, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
 
 try:
     import requests
@@ -24,7 +24,7 @@ except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(f"{__name__} needs requests: pip install requests") from _missing
 
 from . import errors
-from .auth import BaseAuth, merged_cookies, own_send
+from .auth import BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env
 from .environment import Environment
 from .grant import HEADERS, form, logger, unpacked, user_agent
 from .known import Call
@@ -33,6 +33,8 @@ from .steps import MAX_BODY, Failed, Response, SendTokenRequest
 from .token import Token
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .auth import StoreArgument
 
 CHUNK = 2**16  # bytes that are read at once, at most
@@ -117,7 +119,7 @@ class NexusAuth(BaseAuth, AuthBase):
         connection: Any = getattr(response, "connection", None)  # of the adapter, unless that made a bare response
         call.repeatable = connection is not None and _rewound(request)
         renewed = self._replay_token(self._obtain(call, token.access_token), call, request)
-        if renewed is None:
+        if renewed is None or connection is None:
             return response
         replay = _replay_of(response, renewed)
         with self._replay(call) as status_codes:
@@ -299,10 +301,27 @@ class NexusSession(requests.Session):
         self.auth = auth.lent(weakref.ref(self))
 
 
+class SessionOptions(TypedDict, total=False):
+    """The options of `nexus_session`, for type checkers."""
+
+    scope: str
+    leeway: float
+    timeout: float
+    max_wait: float
+    store: "StoreArgument | None"
+    iso8601: bool
+
+
+@overload
 def nexus_session(
-    client_id: str,
-    client_secret: str,
-    environment: Environment | str,
+    client_id: str, client_secret: str, environment: Environment | str, **options: "Unpack[SessionOptions]"
+) -> NexusSession: ...
+@overload
+def nexus_session(**options: "Unpack[SessionOptions]") -> NexusSession: ...
+def nexus_session(
+    client_id: str | None = None,
+    client_secret: str | None = None,
+    environment: Environment | str | None = None,
     *,
     scope: str = "api1",
     leeway: float = 60,
@@ -313,12 +332,15 @@ def nexus_session(
 ) -> NexusSession:
     """Return a session for the Nexus API: `session.get("/customer")`. Its settings hold for token requests too.
 
-    `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`. The other arguments and the errors are those of
-    `NexusAuth` (`timeout` is for token requests; requests takes that of an API call with each call).
+    Without `client_id`, `client_secret` and `environment` it is that of the environment variables; see
+    `NexusAuth.from_env`. `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`. The other arguments and the errors
+    are those of `NexusAuth` (`timeout` is for token requests; requests takes that of an API call with each call).
     """
     client_secret, store = hidden(client_secret), hidden(store)
+    if client_id is client_secret is environment is None:
+        store = store or store_from_env()
     auth = NexusAuth(
-        client_id, client_secret, environment,
+        *credentials_or_env(client_id, client_secret, environment),
         scope=scope, leeway=leeway, timeout=timeout, max_wait=max_wait, store=store,
     )  # fmt: skip
     session = NexusSession()
