@@ -15,7 +15,9 @@ from .errors import NexusAuthError, TokenRequestError, TokenWaitError
 
 if TYPE_CHECKING:
     from .credentials import forget_tokens
-    from .requests import NexusAuth, nexus_session
+
+    # A vendored copy need not have this door.
+    from .requests import NexusAuth, nexus_session  # type: ignore[import-not-found,unused-ignore]
 
 __all__ = ["PRODUCTION", "TEST", "Environment", "NexusAuth", "NexusAuthError", "TokenRequestError", "TokenWaitError",
            "__version__", "forget_tokens", "nexus_session"]  # fmt: skip

@@ -5,6 +5,7 @@ with the secret in their body, show in `response.history` and event hooks, and t
 """
 
 import contextlib
+import functools
 import ssl
 import time
 import weakref
@@ -17,12 +18,14 @@ from .environment import Environment
 from .event_loop import anyio, here, in_own_thread
 from .grant import HEADERS, authlib_client, form, logger, unpacked, user_agent
 from .known import Call, Decision
-from .secret import hidden
+from .secret import hidden, leaving_no_locals
 from .steps import MAX_BODY, CallStore, Failed, Response, SendTokenRequest, Sleep, Steps
-from .threads import result_of, start_thread
+from .threads import cut_off_at, result_of, start_thread
 from .token import Token
 
 LEAST_LIMIT = 1.0  # seconds that a token request is given in any case
+AT_ONCE = 0.001  # seconds: a timeout of 0 would be none
+GRACE = 0.05  # seconds after a deadline, for the timeouts of the library to come first
 
 if TYPE_CHECKING:
     from .auth import StoreArgument
@@ -157,8 +160,13 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         if self._borrowed is not None:
             logger.debug("the client that is lent stays behind when its auth is pickled")
 
+    def _obtain(self, call: Call, refused: str | None = None) -> Decision:
+        self._check_kind(self.library.Client)
+        return super()._obtain(call, refused)
+
     async def _obtain_async(self, call: Call, refused: str | None = None) -> Decision:
         """Return what came of the way to a token, without blocking the event loop."""
+        self._check_kind(self.library.AsyncClient)
         return await self._perform_async(self._credentials.obtain(call, here(), refused))
 
     async def _perform_async(self, steps: Steps[T]) -> T:
@@ -182,19 +190,22 @@ class HTTPXAuth(BaseAuth, Generic[C]):
 
     def _send(self, step: SendTokenRequest) -> Response | Failed:
         sender = self._sender(self.library.Client)
-        if not sender.may_repeat:
-            return self._exchange(step, sender)
         limit = sender.limit(step)
-        answer = result_of(start_thread(lambda: self._exchange(step, sender)), limit)
+        deadline = time.monotonic() + limit
+        if not sender.may_repeat:
+            return self._exchange(step, sender, deadline)
+        answer = result_of(start_thread(lambda: self._exchange(step, sender, deadline)), limit)
         return answer or _timed_out(limit)
 
-    def _exchange(self, step: SendTokenRequest, sender: "Sender") -> Response | Failed:
+    def _exchange(self, step: SendTokenRequest, sender: "Sender", deadline: float) -> Response | Failed:
         """Return the answer to a token request, blocking."""
-        deadline = time.monotonic() + step.timeout
-        with contextlib.ExitStack() as stack:
+        with leaving_no_locals(), contextlib.ExitStack() as stack:
             try:
                 send = sender.send or stack.enter_context(self._own_client(self.library.Client)).send
-                response = send(self._token_request(step), auth=None, follow_redirects=False, stream=True)
+                request = self._token_request(step, deadline)
+                # Each part of a request has a timeout of its own. Of the start of each httpcore tells this function.
+                request.extensions["trace"] = functools.partial(_shorten, request.extensions["timeout"], deadline)
+                response = send(request, auth=None, follow_redirects=False, stream=True)
                 stack.callback(response.close)
                 return Response(response.status_code, response.headers, self._body(response, deadline))
             except self.library_error as error:
@@ -203,13 +214,15 @@ class HTTPXAuth(BaseAuth, Generic[C]):
     async def _send_async(self, step: SendTokenRequest) -> Response | Failed:
         sender = self._sender(self.library.AsyncClient)
         limit = sender.limit(step)
-        with anyio().move_on_after(limit):
-            return await self._exchange_async(step, sender)
+        deadline = time.monotonic() + limit
+        # The library's own timeouts close what it has opened, and say what was too slow.
+        with leaving_no_locals(), anyio().move_on_after(limit + GRACE):
+            return await self._exchange_async(step, sender, deadline)
         return _timed_out(limit)
 
-    async def _exchange_async(self, step: SendTokenRequest, sender: "Sender") -> Response | Failed:
+    async def _exchange_async(self, step: SendTokenRequest, sender: "Sender", deadline: float) -> Response | Failed:
         """Return the answer to a token request, without blocking the event loop."""
-        if not authlib_client.is_loaded:
+        if not authlib_client.is_loaded:  # pragma: no cover  # once in a process
             await in_own_thread(authlib_client)
         async with contextlib.AsyncExitStack() as stack:
             try:
@@ -218,17 +231,18 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                     # Made in a thread: its trust store takes long to read.
                     client = await in_own_thread(lambda: self._own_client(self.library.AsyncClient))
                     send = (await stack.enter_async_context(client)).send
-                response = await send(self._token_request(step), auth=None, follow_redirects=False, stream=True)
+                request = self._token_request(step, deadline)
+                response = await send(request, auth=None, follow_redirects=False, stream=True)
                 stack.push_async_callback(response.aclose)
                 return Response(response.status_code, response.headers, await self._async_body(response))
             except self.library_error as error:
                 return self._failed(error)
 
-    def _token_request(self, step: SendTokenRequest) -> Any:
+    def _token_request(self, step: SendTokenRequest, deadline: float) -> Any:
         headers = {**HEADERS, "User-Agent": user_agent(f"python-{self.library.__name__}/{self.library.__version__}")}
-        extensions = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), step.timeout)}
+        timeouts = dict.fromkeys(("connect", "read", "write", "pool"), _left_until(deadline))
         url, content = step.client.token_endpoint, form(step.client)
-        return self.library.Request("POST", url, headers=headers, content=content, extensions=extensions)
+        return self.library.Request("POST", url, headers=headers, content=content, extensions={"timeout": timeouts})
 
     def _own_client(self, kind: Any) -> Any:
         """Return a client for one token request. Plain http is loopback: no proxy leads there, and it needs no TLS."""
@@ -236,16 +250,20 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             return kind(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), trust_env=False)
         return kind()
 
-    def _sender(self, kind: Any) -> "Sender":
-        """Return what sends a request through the transport of the client that is lent, if one is.
+    def _check_kind(self, kind: Any) -> None:
+        """Raise `TypeError` if a client is lent that is not of the `kind` that a call takes."""
+        lent = self._borrowed
+        if lent is not None and not isinstance(lent, kind):
+            raise TypeError(f"this call takes a {kind.__name__}, and the client lent to its auth is another")
 
-        Neither its cookies nor its hooks have a part in it. Raises `TypeError` for a client of another `kind`.
+    def _sender(self, kind: Any) -> "Sender":
+        """Return what sends a request through the transport of the client that is lent, if one is, of that `kind`.
+
+        Neither its cookies nor its hooks have a part in it.
         """
         lent = self._borrowed
         if lent is None:
             return Sender(None)
-        if not isinstance(lent, kind):
-            raise TypeError(f"this call takes a {kind.__name__}, and the client lent to its auth is another")
         if lent.is_closed is True:
             raise RuntimeError("the client that is lent for token requests has been closed")
         if send := own_send(lent):
@@ -260,12 +278,19 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         if response.is_stream_consumed:
             return response.content if len(response.content) <= MAX_BODY else None  # by a mock
         body = bytearray()
-        for chunk in response.iter_raw():
-            body += chunk
-            if len(body) > MAX_BODY:
-                return None
-            if time.monotonic() > deadline:
-                raise self.library.ReadTimeout("the answer has not come to its end in time")
+        try:
+            with cut_off_at(deadline, _connection_of(response)):
+                for chunk in response.iter_raw():
+                    body += chunk
+                    if len(body) > MAX_BODY:
+                        return None
+                    if time.monotonic() > deadline:
+                        break
+        except self.library_error:
+            if time.monotonic() <= deadline:
+                raise
+        if time.monotonic() > deadline:
+            raise self.library.ReadTimeout("the answer has not come to its end in time")
         return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
 
     async def _async_body(self, response: Any) -> bytes | None:
@@ -273,10 +298,11 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         if response.is_stream_consumed:
             return response.content if len(response.content) <= MAX_BODY else None
         body = bytearray()
-        async for chunk in response.aiter_raw():
-            body += chunk
-            if len(body) > MAX_BODY:
-                return None
+        async with contextlib.aclosing(response.aiter_raw()) as chunks:
+            async for chunk in chunks:
+                body += chunk
+                if len(body) > MAX_BODY:
+                    return None
         return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
 
 
@@ -293,6 +319,21 @@ class Sender:
     def limit(self, step: SendTokenRequest) -> float:
         """Return the seconds after which the request is given up."""
         return min(step.timeout, max(step.left, LEAST_LIMIT)) if self.may_repeat else step.timeout
+
+
+def _shorten(timeouts: dict[str, float], deadline: float, *_: object) -> None:
+    """Have no part of a request that starts now end after `deadline`."""
+    timeouts.update(dict.fromkeys(timeouts, _left_until(deadline)))
+
+
+def _left_until(deadline: float) -> float:
+    return max(deadline - time.monotonic(), AT_ONCE)
+
+
+def _connection_of(response: Any) -> Any:
+    """Return the socket on which the body of `response` comes; None where there is none, or others share it."""
+    stream = response.extensions.get("network_stream")
+    return stream.get_extra_info("socket") if stream is not None and response.http_version != "HTTP/2" else None
 
 
 def _timed_out(seconds: float) -> Failed:
@@ -344,7 +385,7 @@ def _positions(stream: Any, library: Any) -> tuple[tuple[Any, int], ...] | None:
 
 def make_client(
     kind: Callable[..., C],
-    auth_class: Callable[..., Any],
+    auth_class: Any,
     credentials: tuple[str | None, str | None, Environment | str | None],
     auth_options: dict[str, Any],
     iso8601: bool,
@@ -358,12 +399,13 @@ def make_client(
         auth_options["store"] = auth_options["store"] or store_from_env()
     client_id, client_secret, name = credentials_or_env(*credentials)
     environment = Environment.of(name)
+    if "timeout" in client_options and (read := auth_class.library.Timeout(client_options["timeout"]).read):
+        auth_options["timeout"] = read
+    auth = auth_class(client_id, client_secret, environment, **auth_options)
     client: Any = kind(auth=None, base_url=environment.base_url, **client_options)
+    client.auth = auth.lent(weakref.ref(client))
     if iso8601:
         client.headers["request_iso8601"] = "true"
-    timeout = {"timeout": client.timeout.read} if "timeout" in client_options and client.timeout.read else {}
-    auth = auth_class(client_id, client_secret, environment, **auth_options, **timeout)
-    client.auth = auth.lent(weakref.ref(client))
     return client  # type: ignore[no-any-return]
 
 

@@ -97,6 +97,8 @@ class BaseAuth(ABC):
         return self._token_of(self._obtain(self._insistent_call(refused), refused)).access_token
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_credentials"):  # error trackers show what could not be made, too
+            return f"<{type(self).__name__}>"
         return f"<{type(self).__name__} client_id={self.client_id!r} environment={self.environment.name!r}>"
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -111,7 +113,8 @@ class BaseAuth(ABC):
         return self.lent(self._lent)  # what is lent is no part of it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_credentials": None, "_lent": self._travelling()}
+        store = travelling(self._store, "store")
+        return {**self.__dict__, "_credentials": None, "_lent": self._travelling(), "_store": store}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -201,7 +204,7 @@ class BaseAuth(ABC):
         fault = failure.fault
         if failure.out_of_time:
             return self._wait_error(fault.reason, failure.until - time.monotonic())
-        message = f"{self.environment} {fault.reason}. {fault.advice}."
+        message = f"{self.environment} {fault.reason}. {fault.advice}"
         if fault.library_error is not None:
             return self._class_of(fault)(message)
         return self.token_request_error(
@@ -267,6 +270,18 @@ def own_send(lent: Any) -> Any:
     return send if getattr(send, "__func__", None) is not lent.__class__.send else None
 
 
+def travelling(thing: T, name: str) -> T | None:
+    """Return `thing` if it can be pickled; if not, say that it stays behind."""
+    import pickle  # loaded by now, since this is what it calls
+
+    try:
+        pickle.dumps(thing)
+    except Exception as error:  # whatever the classes of others raise
+        logger.debug("the %s stays behind when its auth is pickled: %s", name, error)
+        return None
+    return thing
+
+
 def merged_cookies(sent: str, received: str) -> str:
     """Return the Cookie header (RFC 6265 section 4.2) of a replay: what was `sent`, and what came with the 401."""
     pairs = [pair.partition("=") for header in (sent, received) for pair in header.split("; ") if pair]
@@ -321,7 +336,8 @@ def _opened(store: "StoreArgument | None") -> "Store | None":
 
 def _check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
-        raise TypeError(f"{name} must be a str, not {type(text).__name__.removeprefix('Hidden').lower()}")
+        kind = "bytes" if isinstance(text, bytes) else type(text).__name__  # those of a secret are of a class of ours
+        raise TypeError(f"{name} must be a str, not {kind}")
     if not text.strip():
         raise ValueError(f"{name} is empty")
     if text.endswith(("\n", "\r")):

@@ -44,6 +44,7 @@ T = TypeVar("T")
 FIRST_LOOK, LOOK = 0.01, 0.1  # seconds until a caller that waits looks again: from the one to the other
 FIRST_SHARED_LOOK, SHARED_LOOK = 0.05, 1.0  # the same, for a look into a store
 STORE_LIMIT = 2.0  # seconds for one look into a store, which counts as out of order after that
+PREPARE_LIMIT = 10.0  # seconds for the keys to what is in it, which takes so long only beside many other processes
 AHEAD_PAUSE = 1.0  # seconds without a renewal ahead of expiry, while another caller makes one
 TURN_MARGIN = 1.0  # seconds that a turn lasts longer than its token request should
 KEPT = 1024  # API clients whose token is kept while no auth object holds it
@@ -75,7 +76,6 @@ class Attempt:
     turn: Turn
     refused: str | None
     steps: Steps[Decision] = field(init=False, repr=False)  # that make it
-    owner: str = field(default_factory=new_owner)  # of the turn that processes share
     permit: str = field(default_factory=new_owner)  # owner of the permit of the next token request
     tries: int = 0
     busy_answers: int = 0
@@ -146,7 +146,7 @@ class Credentials:
         self._change(lambda known: judged(known, access_token, status_code, self._clock()))
         if status_code == 401:
             message = "%s: the API refuses the new token of client %r too (401). Check base_url and what it may do."
-            logger.warning(message, self.client.token_endpoint, self.client.client_id)
+            logger.warning(message, self._name, self.client.client_id)
 
     def _change(self, change: Callable[[Known], Known]) -> Known:
         """Replace what is known by what `change` makes of it, once more if another was faster, and return that."""
@@ -160,12 +160,11 @@ class Credentials:
 
     def _obtain(self, call: Call, attempt: Attempt) -> Steps[Decision]:
         call.begun_at = self._clock()
-        call.waiting_since = None
         try:
             decision = yield from self._approach(call, attempt)
-            if attempt.has_shared_turn and self._shared is not None:
+            if attempt.has_shared_turn and self._shared is not None and attempt.turn.is_of(attempt.steps):
                 shared = self._shared
-                yield from self._in_store(lambda: shared.give_back_turn(attempt.owner), False)
+                yield from self._in_store(lambda: shared.give_back_turn(attempt.turn.owner), False)
             return decision
         finally:  # on cancellation too, when nothing can be yielded: what is held in a store runs out by itself
             attempt.turn.give_back(attempt.steps)
@@ -175,13 +174,13 @@ class Credentials:
     def _approach(self, call: Call, attempt: Attempt) -> Steps[Decision]:
         """Yield one step after the other towards a token: decide, then wait or send a token request, and again."""
         while True:
-            now = self._clock()
-            decision = decide(self.known, now, call, attempt.refused)
+            now, known = self._clock(), self.known
+            decision = decide(known, now, call, attempt.refused)
             fallback: Token | None = None
             wait: Wait | None
             if isinstance(decision, Fetch):
                 fallback = decision.fallback
-                wait = yield from self._clearance(call, attempt, fallback)
+                wait = yield from self._clearance(call, attempt, known, fallback)
             elif isinstance(decision, GiveUp) and call.insists:
                 until = now + decision.retry_after
                 wait = Wait(until, until, "gives tokens that are refused, one after the other", LOOK)
@@ -190,22 +189,26 @@ class Credentials:
             now = self._clock()
             if wait is None:
                 yield from self._fetch(call, attempt, ahead=fallback is not None)
-            elif wait is LOOK_AGAIN:
-                continue
+            elif wait is LOOK_AGAIN or self.known is not known:
+                continue  # nobody waits or gives up without a look at what others have brought meanwhile
             elif fallback is not None:
                 self._postpone(max(wait.until, now + AHEAD_PAUSE))
                 return Use(fallback)
-            elif wait.until > call.deadline:
-                return TooLong(wait.retry_at - now, wait.reason)
             elif now >= call.deadline:
                 return over(call, now, attempt.refused, wait.retry_at, wait.reason)
+            elif wait.until > call.deadline:
+                return TooLong(wait.retry_at - now, wait.reason)
             else:
                 self._announce(wait, attempt, now)
                 yield Sleep(min(wait.look_after, call.deadline - now))
 
-    def _clearance(self, call: Call, attempt: Attempt, fallback: Token | None) -> Steps["Wait | None"]:
+    def _clearance(
+        self, call: Call, attempt: Attempt, known: Known, fallback: Token | None
+    ) -> Steps["Wait | None"]:
         """Return what `call` has to wait for before it may send a token request; None: it has turn and permit."""
         wait = self._turn(call, attempt)
+        if wait is None and self.known is not known:
+            return LOOK_AGAIN  # another caller has brought something, between the decision and this one's turn
         if wait is None and self._shared is not None:
             wait = yield from self._shared_turn(self._shared, call, attempt, fallback)
         if wait is None:
@@ -226,6 +229,8 @@ class Credentials:
         holder = Holder(attempt.caller, attempt.steps, sends_at, sends_at + call.limits.timeout + TURN_MARGIN)
         if other := attempt.turn.take(holder, now):
             return _wait_for(other, call, attempt, now)
+        if pause is None and now >= call.deadline and call.token_requests:
+            return Wait(now, now, "has given no token in time", LOOK)  # of a call that has spent its `max_wait`
         return pause
 
     def _pause(self, call: Call, attempt: Attempt, now: float) -> Wait | None:
@@ -246,15 +251,24 @@ class Credentials:
         def concerns(failure: Failure) -> bool:
             return fallback is not None or failure.holds_for(call, self._clock())
 
+        if not shared.is_prepared:
+            yield CallStore(shared.prepare, PREPARE_LIMIT)
         token = self.known.token
         familiar = {attempt.refused, token.access_token if token else None}
-        look = functools.partial(shared.look, attempt.owner, call.limits.timeout + TURN_MARGIN, familiar, concerns)
+        look = functools.partial(shared.look, attempt.turn.owner, call.limits.timeout + TURN_MARGIN, familiar, concerns)
         news: News | None = yield from self._in_store(look, None)
         now = self._clock()
         if news is None:
             return None
-        if news.token is not None or news.failure is not None:
-            self._change(lambda known: told(known, news.token, news.failure))
+        if news.token is not None:
+            new = news.token
+            self._change(lambda known: landed(known, new, call, now, attempt.refused))
+            if attempt.refused is not None:
+                call.renewed = new.access_token  # its replay says whether the renewal of the other has helped
+            return LOOK_AGAIN
+        if news.failure is not None:
+            failure = news.failure
+            self._change(lambda known: told(known, failure))
             return LOOK_AGAIN
         if news.closed_for > 0:
             self._endpoint.close(now + news.closed_for)
@@ -263,15 +277,15 @@ class Credentials:
         if attempt.has_shared_turn:
             return None
         attempt.shared_looks += 1
-        if call.waiting_since is None:
-            call.waiting_since = now
         look_after = min(SHARED_LOOK, FIRST_SHARED_LOOK * 1.5**attempt.shared_looks)
         return Wait(now, now + news.turn_in, "is being asked by another process", look_after)
 
     def _permit(self, call: Call, attempt: Attempt) -> Steps["Wait | None"]:
         """Return the wait for a permit of the quota; None: one is held."""
-        now, hold = self._clock(), call.limits.timeout + KEEP
-        seconds, look = self._endpoint.acquire(attempt.permit, hold, now), LOOK
+        now, look, hold = self._clock(), LOOK, call.limits.timeout + KEEP
+        if self._shared is not None:
+            hold += STORE_LIMIT  # that may pass between the permit and the token request
+        seconds = self._endpoint.acquire(attempt.permit, hold, now)
         if seconds <= 0 and self._shared is not None:
             acquire = functools.partial(self._shared.acquire, attempt.permit, hold)
             seconds = yield from self._in_store(acquire, 0.0)
@@ -285,7 +299,7 @@ class Credentials:
 
     def _fetch(self, call: Call, attempt: Attempt, *, ahead: bool) -> Steps[None]:
         """Send a token request, and keep what the answer says."""
-        asked_at = call.waiting_since = self._clock()
+        asked_at = self._clock()
         call.token_requests += 1
         answer = yield SendTokenRequest(self.client, call.limits.timeout, call.deadline - asked_at)
         now = self._clock()
@@ -299,7 +313,12 @@ class Credentials:
         if self._shared is not None:
             shared, closed_for = self._shared, self._endpoint.closed_until - now
             attempt.has_shared_turn = outcome is None
-            yield from self._in_store(lambda: shared.tell(permit, attempt.owner, outcome, closed_for), False)
+            hold = max(0.0, attempt.sends_at - now) + call.limits.timeout + TURN_MARGIN
+            owner = attempt.turn.owner
+            if not attempt.turn.is_of(attempt.steps):  # it has run out, and may be another caller's by now
+                owner, hold = new_owner(), 0.0
+            tell = functools.partial(shared.tell, permit, owner, outcome, closed_for, hold)
+            yield from self._in_store(tell, False)
 
     def _in_store(self, function: Callable[[], T], otherwise: T) -> Steps[T]:
         """Call a `function` of the store, and return `otherwise` if that takes too long."""
@@ -347,8 +366,9 @@ class Credentials:
             is_late = pause is not None
             return self._change(lambda known: failed(known, fault, call, now, out_of_time=is_late)).failure
         attempt.sends_at, attempt.reason = now + pause.within(left), fault.reason
-        attempt.announced = fault.reason
-        logger.warning("%s %s: the next try is in %.1f s", self._name, fault.reason, attempt.sends_at - now)
+        if pause.least <= left:
+            attempt.announced = fault.reason
+            logger.warning("%s %s: the next try is in %.1f s", self._name, fault.reason, attempt.sends_at - now)
         return None
 
 
@@ -357,9 +377,7 @@ def _wait_for(other: Holder, call: Call, attempt: Attempt, now: float) -> Wait:
     if other.caller == attempt.caller:
         reason = "is being asked in this very call: does a logging handler or a hook call the API?"
         return Wait(math.inf, other.ends_at, reason, LOOK)
-    if call.waiting_since is None:
-        call.waiting_since = now
-    look_after = min(LOOK, FIRST_LOOK + (now - call.waiting_since) / 4)
+    look_after = min(LOOK, FIRST_LOOK + (now - call.begun_at) / 4)
     return Wait(max(now, other.sends_at), other.ends_at, "is being asked for another caller", look_after)
 
 
@@ -389,7 +407,7 @@ def forget_tokens() -> None:
             endpoint.forget()
 
 
-def _free_turns() -> None:
+def _free_turns() -> None:  # pragma: no cover  # runs in children only
     """Free a forked child of the turns that threads of its parent have taken."""
     for credentials in list(_live.values()):
         credentials.free_turns()

@@ -86,7 +86,7 @@ class Pause:
 
     def within(self, left: float) -> float:
         """Return how long it is this time; jitter takes no more than what is `left` of `max_wait`."""
-        return self.least + max(0.0, min(random.uniform(0, self.jitter), left - self.least))
+        return self.least + random.uniform(0, max(0.0, min(self.jitter, left - self.least)))
 
 
 def pause_after(fault: Fault, tries: int, busy_answers: int) -> Pause | None:
@@ -125,7 +125,7 @@ def judge(answer: Response | Failed, client: Client, wall_clock: float) -> Grant
         return Fault(
             FaultKind.UNREACHABLE,
             f"could not be reached ({reason})",
-            "Check network, proxy and TLS settings; those of a session= or client= that you lend apply",
+            "Check network, proxy and TLS settings; those of a session= or client= that you lend apply.",
             library_error=answer.error_name,
             timed_out=answer.timed_out,
         )
@@ -150,9 +150,10 @@ def _complaint(answer: Response, members: dict[str, Any], client: Client) -> tup
     error = _shown_error(members.get("error"), client)
     description = _shown(members.get("error_description"), client)
     said = ", ".join(filter(None, (error, description)))
-    try_later = "Check token_endpoint; if it is right, try again later"
+    try_later = "Check token_endpoint; if it is right, try again later."
     if status == 429:
-        return FaultKind.BUSY, "is busy: it takes 60 token requests per minute for an IP address", "Try again later"
+        reason = "is busy: it takes 60 token requests per minute for this IP address; other processes count too"
+        return FaultKind.BUSY, reason, "Try again later."
     if status >= 500:
         return FaultKind.UNAVAILABLE, f"is down{': ' if said else ''}{said}", try_later
     if error:

@@ -75,8 +75,8 @@ def nexus_client(
     `NexusAuth.from_env`. `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`; `client_options` are those of
     `httpx.Client`. The other arguments and the errors are those of `NexusAuth`.
     """
-    client_secret = hidden(client_secret)
-    options = {"scope": scope, "leeway": leeway, "max_wait": max_wait, "store": hidden(store)}
+    client_secret, store = hidden(client_secret), hidden(store)
+    options = {"scope": scope, "leeway": leeway, "max_wait": max_wait, "store": store}
     credentials = client_id, client_secret, environment
     return make_client(httpx.Client, NexusAuth, credentials, options, iso8601, client_options)
 
@@ -103,7 +103,7 @@ def nexus_async_client(
 
     The arguments and the errors are those of `nexus_client`.
     """
-    client_secret = hidden(client_secret)
-    options = {"scope": scope, "leeway": leeway, "max_wait": max_wait, "store": hidden(store)}
+    client_secret, store = hidden(client_secret), hidden(store)
+    options = {"scope": scope, "leeway": leeway, "max_wait": max_wait, "store": store}
     credentials = client_id, client_secret, environment
     return make_client(httpx.AsyncClient, NexusAuth, credentials, options, iso8601, client_options)

@@ -4,6 +4,7 @@ Knowledge is a value (`Known`) that is replaced as a whole, and so is each decis
 tabled. The functions are pure; their times are seconds on the monotonic clock.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from .grant import Fault, FaultKind
@@ -38,8 +39,7 @@ class Call:
     insists: bool = False
     spent: float = 0.0  # seconds of `max_wait`, before the present wait
     token_requests: int = 0
-    begun_at: float = 0.0  # the present wait
-    waiting_since: float | None = None  # for the answer to a token request, its own or another's
+    begun_at: float = math.inf  # the present wait
     renewed: str | None = None  # the access token that this call fetched after a 401
 
     @property
@@ -53,8 +53,8 @@ class Call:
         return self.limits.max_wait - self.spent
 
     def waited_for(self, moment: float) -> bool:
-        """Tell whether the call was waiting for a token request when its answer came, at `moment`."""
-        return self.waiting_since is not None and moment >= self.waiting_since
+        """Tell whether the call was under way when the answer to a token request came, its own or another's."""
+        return moment >= self.begun_at
 
 
 @dataclass(frozen=True)
@@ -150,18 +150,16 @@ def decide(known: Known, now: float, call: Call, refused: str | None = None) -> 
     state = state_of(token, now, call.limits.leeway, refused)
     if token and state is State.FRESH:
         return Use(token)
+    if token and state is not State.REFUSED and call.waited_for(token.arrived_at):
+        return Use(token)  # what was waited for, even if its answer took a good part of its life, or all of it
     if token and state is State.STALE:
         return Use(token) if now < known.ahead_after else Fetch(fallback=token)
-    if token and state is State.EXPIRED and call.waited_for(token.arrived_at):
-        return Use(token)  # it lives shorter than its answer took, and is what was waited for
     if state is State.REFUSED and now < renewals.after:
         return GiveUp(renewals.after - now)
     if state is State.REFUSED and now < renewals.unrepeatable_after and not call.repeatable:
         return GiveUp(renewals.unrepeatable_after - now)
     if failure and failure.holds_for(call, now):
         return Raise(failure)
-    if now >= call.deadline and call.token_requests:
-        return over(call, now, refused, failure.until if failure else now, "has given no token in time")
     return Fetch()
 
 
@@ -201,13 +199,9 @@ def failed(
     return replace(known, failure=failure, ahead_after=failure.until)
 
 
-def told(known: Known, token: Token | None, failure: Failure | None) -> Known:
-    """Return what is known after another process has told of its `token` or `failure`."""
-    if token is not None:
-        return replace(known, token=token, failure=None, ahead_after=0.0)
-    if failure is not None:
-        return replace(known, failure=failure, ahead_after=failure.until)
-    return known
+def told(known: Known, failure: Failure) -> Known:
+    """Return what is known after another process has told of its `failure`."""
+    return replace(known, failure=failure, ahead_after=failure.until)
 
 
 def judged(known: Known, access_token: str, status_code: int | None, now: float) -> Known:

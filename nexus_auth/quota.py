@@ -8,6 +8,7 @@ and a period more. All times are seconds on the monotonic clock.
 
 import inspect
 import threading
+import uuid
 from dataclasses import dataclass, replace
 
 from .steps import Steps
@@ -164,6 +165,7 @@ class Turn:
 
     def __init__(self) -> None:
         self.holder: Holder | None = None
+        self.owner = uuid.uuid4().hex  # of the turn that processes share: whoever takes over here has it already
 
     def take(self, asking: Holder, now: float) -> Holder | None:
         """Give the turn to `asking`, who may have it already; return the other who has it, and keeps it."""
@@ -173,6 +175,11 @@ class Turn:
                 self.holder = asking
                 return None
         return holder
+
+    def is_of(self, steps: Steps[object]) -> bool:
+        """Tell whether `steps` have the turn, or had it last."""
+        holder = self.holder
+        return holder is not None and holder.steps is steps
 
     def give_back(self, steps: Steps[object]) -> None:
         """Free the turn, if it is that of `steps`."""

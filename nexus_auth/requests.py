@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import functools
+import inspect
+import json
 import pickle
 import re
 import time
@@ -28,8 +30,9 @@ from .auth import BaseAuth, credentials_or_env, merged_cookies, own_send, store_
 from .environment import Environment
 from .grant import HEADERS, form, logger, unpacked, user_agent
 from .known import Call
-from .secret import hidden
+from .secret import hidden, leaving_no_locals
 from .steps import MAX_BODY, Failed, Response, SendTokenRequest
+from .threads import cut_off_at
 from .token import Token
 
 if TYPE_CHECKING:
@@ -109,7 +112,10 @@ class NexusAuth(BaseAuth, AuthBase):
 
     def _mend(self, call: Call, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
         """Return what comes of sending a request once more whose `token` the API refused, or `response`."""
-        request = response.request  # after redirects within the API, the last one
+        # After redirects within the API it is that of the last one.
+        request: requests.PreparedRequest | None = getattr(response, "request", None)
+        if request is None:
+            return response  # of a mock or an adapter that does not say what it answers
         if request.headers.get("Authorization") != token.authorization or not self._has(str(request.url)):
             return response  # of a stranger to whom the API redirected
         self._credentials.answered(token.access_token, response.status_code)
@@ -151,36 +157,49 @@ class NexusAuth(BaseAuth, AuthBase):
         return settings
 
     def _send(self, step: SendTokenRequest) -> Response | Failed:
-        url, lent = step.client.token_endpoint, self._borrowed
+        with leaving_no_locals():
+            return self._exchange(step)
+
+    def _exchange(self, step: SendTokenRequest) -> Response | Failed:
+        deadline = time.monotonic() + step.timeout
+        url = step.client.token_endpoint
         headers = {**HEADERS, "User-Agent": user_agent(default_user_agent())}
         prepared = requests.Request("POST", url, headers=headers, data=form(step.client)).prepare()
-        deadline = time.monotonic() + step.timeout
-        options: dict[str, Any] = {"timeout": Timeout(total=step.timeout), "allow_redirects": False, "stream": True}
+        options: dict[str, Any] = {"timeout": step.timeout, "allow_redirects": False, "stream": True}
         with contextlib.ExitStack() as stack:
             try:
-                if lent is None:
-                    session = stack.enter_context(_TokenSession())
-                    session.trust_env = not url.lower().startswith("http:")  # which is loopback: no proxy leads there
-                    response = session.send(prepared, **options)
-                elif send := own_send(lent):
-                    response = send(prepared, **options)
-                else:
-                    settings = lent.merge_environment_settings(url, {}, True, None, None)
-                    response = _TokenSession(lent.get_adapter(url)).send(prepared, **{**settings, **options})
+                session = self._borrowed
+                if session is None:
+                    session = stack.enter_context(_default_session(url))
+                send = own_send(session)
+                if send is None:
+                    adapter = session.get_adapter(url)
+                    send = _TokenSession(adapter).send
+                    options = {**session.merge_environment_settings(url, {}, True, None, None), **options}
+                    if isinstance(adapter, HTTPAdapter):  # others need not know that kind
+                        options["timeout"] = Timeout(total=step.timeout)
+                response = send(prepared, **options)
                 stack.callback(response.close)
                 return Response(response.status_code, response.headers, _body(response, deadline))
             except requests.RequestException as error:
                 return self._failed(error)
 
 
-class _TokenSession(Session):
-    """A session for one token request, with nothing of the caller's in it but perhaps an adapter."""
+def _default_session(url: str) -> Session:
+    """Return a session for where none is lent; plain http is loopback, and no proxy leads there."""
+    session = Session()
+    session.trust_env = not url.lower().startswith("http:")
+    return session
 
-    def __init__(self, adapter: BaseAdapter | None = None) -> None:
+
+class _TokenSession(Session):
+    """A session for one token request, with nothing of the caller's in it but an adapter."""
+
+    def __init__(self, adapter: BaseAdapter) -> None:
         super().__init__()
-        if adapter is not None:
-            for prefix in self.adapters:
-                self.adapters[prefix] = _without_retries(adapter)
+        once = _without_retries(adapter)
+        for prefix in self.adapters:
+            self.adapters[prefix] = once
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         """Return None: no redirect is followed, and none is prepared, which would read the whole body."""
@@ -191,44 +210,58 @@ def _without_retries(adapter: BaseAdapter) -> BaseAdapter:
 
     A copy by `copy.copy` would have new pools, and lose what a subclass added.
     """
-    if not isinstance(adapter, HTTPAdapter) or adapter.max_retries.total == 0:
+    retries = getattr(adapter, "max_retries", None)
+    if not isinstance(adapter, HTTPAdapter) or not isinstance(retries, Retry):
         return adapter
-    twin = object.__new__(type(adapter))
-    slots = [name for kind in type(adapter).__mro__ for name in getattr(kind, "__slots__", ())]
-    for name in (*adapter.__dict__, *slots):
-        if hasattr(adapter, name):
-            setattr(twin, name, getattr(adapter, name))
-    twin.max_retries = Retry(0, read=False)
-    return twin
+    if retries.total == 0 and not retries.status_forcelist:  # a status of that list would be raised as an error
+        return adapter
+    kind = type(adapter)
+    # A twin that closes itself in the end would close the pools that it shares.
+    twin: Any = object.__new__(HTTPAdapter if hasattr(kind, "__del__") else kind)
+    twin.__dict__.update(adapter.__dict__)
+    for base in kind.__mro__:
+        for name, slot in vars(base).items():
+            if inspect.ismemberdescriptor(slot) and hasattr(adapter, name):
+                object.__setattr__(twin, name, getattr(adapter, name))
+    object.__setattr__(twin, "max_retries", Retry(0, read=False))
+    return twin  # type: ignore[no-any-return]
 
 
 def _body(response: requests.Response, deadline: float) -> bytes | None:
     """Return the body of `response`, None if it is longer than `MAX_BODY`; raise an error of requests at `deadline`."""
-    body = bytearray()
-    if isinstance(response.raw, HTTPResponse):
-        for chunk in _chunks(response.raw):
-            body += chunk
-            if len(body) > MAX_BODY:
-                return None
-            if time.monotonic() > deadline:
-                raise requests.ReadTimeout("the answer has not come to its end in time")
-    if body:
-        return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
-    content = response.content or b""  # what a mock or an adapter has read already
+    raw, body = response.raw, bytearray()
+    if not isinstance(raw, HTTPResponse) or raw.tell():
+        return _body_already_read(response)
+    try:
+        with cut_off_at(deadline, raw):
+            for chunk in _chunks(raw):
+                body += chunk
+                if len(body) > MAX_BODY:
+                    return None
+                if time.monotonic() > deadline:
+                    break
+    except (HTTPError, ValueError) as error:  # ValueError: a length that is none
+        if time.monotonic() <= deadline and not isinstance(error, ReadTimeoutError):
+            raise requests.exceptions.ChunkedEncodingError(str(error)) from error
+    if time.monotonic() > deadline:
+        raise requests.ReadTimeout("the answer has not come to its end in time")
+    return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
+
+
+def _body_already_read(response: requests.Response) -> bytes | None:
+    """Return the body of a `response` that an adapter has read, or a mock has made."""
+    content: Any = response.content or b""
+    if not isinstance(content, bytes):  # a `unittest.mock.Mock` may have nothing but its `json`
+        content = json.dumps(response.json()).encode()
     return content if len(content) <= MAX_BODY else None
 
 
 def _chunks(raw: HTTPResponse) -> Iterator[bytes]:
     """Yield the parts of a body as they come, still packed."""
-    # urllib3 1.26 has no read1; there a single byte comes as soon as it is here, too.
-    read: Any = functools.partial(raw.read1, CHUNK) if hasattr(raw, "read1") else functools.partial(raw.read, 1)
-    try:
-        while chunk := read(decode_content=False):
-            yield chunk
-    except ReadTimeoutError as error:
-        raise requests.ReadTimeout(str(error)) from error
-    except (HTTPError, ValueError) as error:  # ValueError: a length that is none
-        raise requests.exceptions.ChunkedEncodingError(str(error)) from error
+    # urllib3 1.26 has no read1; there a part comes when it is complete, or the connection is cut off.
+    read: Any = getattr(raw, "read1", raw.read)
+    while chunk := read(CHUNK, decode_content=False):
+        yield chunk
 
 
 def _replay_of(refused: requests.Response, token: Token) -> requests.PreparedRequest:

@@ -4,6 +4,10 @@ Trackers walk the local variables of every frame of a traceback and show their `
 kept in a `HiddenText` from the moment it comes in until it is on the wire, so there is no frame to find it in.
 """
 
+import contextlib
+import sys
+import traceback
+from collections.abc import Generator
 from typing import Any
 
 SHOWN = "(hidden)"
@@ -42,3 +46,17 @@ def hidden(secret: Any) -> Any:
     if isinstance(secret, str):
         return HiddenText(secret)
     return HiddenBytes(secret) if isinstance(secret, bytes) else secret
+
+
+@contextlib.contextmanager
+def leaving_no_locals() -> Generator[None, None, None]:
+    """Clear the local variables of what an exception comes through: a library copies what is hidden as it sends it."""
+    before = sys.exc_info()[1]  # of the caller, whose local variables are its own
+    try:
+        yield
+    except BaseException as error:
+        one: BaseException | None = error
+        while one is not None and one is not before:
+            traceback.clear_frames(one.__traceback__)
+            one = one.__context__
+        raise

@@ -120,10 +120,10 @@ class NexusSandbox:
     5.2. Every instance has a secret of its own, so that no two share a token.
 
     Its API answers a request as `answer` has scripted; if nothing fits, with 401 where there is no valid token, else as
-    the function `api` says, else with an echo in Nexus's envelope. `api` is given the `Arrival` and returns an `Answer`,
-    or None for the echo. It is called in the thread of the connection, so at times by several threads at once. An
-    exception that it raises, a failed `assert` for instance, is answered with 500, and raised again where the `with`
-    block ends.
+    the function `api` says, else with an echo in Nexus's envelope. `api` is given the `Arrival` and returns an
+    `Answer`, or None for the echo. It is called in the thread of the connection, so at times by several threads at
+    once. An exception that it raises, a failed `assert` for instance, is answered with 500, and raised again where the
+    `with` block ends.
 
         def customers(arrival):
             return None if arrival.path.startswith("/customer") else Answer(404, json={"message": "Not found"})

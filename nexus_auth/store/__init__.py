@@ -11,6 +11,7 @@ import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..secret import HiddenText
 from ._error import StoreError
 from ._fork import importing
 
@@ -44,7 +45,7 @@ class Store(Protocol):
 
     def __hash__(self) -> int:
         """Return a number that is the same for equal stores."""
-        raise NotImplementedError
+        return object.__hash__(self)
 
     def acquire(self, name: str, owner: str, limit: int, hold: float) -> float:
         """Hold a permit of `name` for `hold` seconds from now, and return 0; or return how long to wait for one.
@@ -78,7 +79,7 @@ def open_store(where: str | os.PathLike[str] | Store) -> Store:
         with importing:
             from ._redis import RedisStore
 
-        return RedisStore(where.strip())
+        return RedisStore(HiddenText(where.strip()))
     if isinstance(where, (str, os.PathLike)):
         with importing:
             from ._sqlite import SQLiteStore

@@ -3,6 +3,7 @@
 import base64
 import math
 import os
+import re
 import time
 from contextlib import suppress
 from importlib import import_module
@@ -26,9 +27,7 @@ local now = time[1] * 1000000 + time[2]
 """
 _LIVE_AS_LONG_AS_THE_LAST = """
 local last = redis.call('ZRANGE', KEYS[1], -1, -1, 'WITHSCORES')[2]
-if last then
-    redis.call('PEXPIRE', KEYS[1], math.ceil((last - now) / 1000))
-end
+redis.call('PEXPIRE', KEYS[1], math.ceil((last - now) / 1000))
 """
 _ACQUIRE = f"""{_NOW}
 local owner, limit, hold = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -43,12 +42,7 @@ redis.call('ZADD', KEYS[1], now + hold, owner)
 return 0
 """
 _RELEASE = f"""{_NOW}
-local owner, keep = ARGV[1], tonumber(ARGV[2])
-if keep > 0 then
-    redis.call('ZADD', KEYS[1], now + keep, owner)
-else
-    redis.call('ZREM', KEYS[1], owner)
-end
+redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
 {_LIVE_AS_LONG_AS_THE_LAST}
 """
 _GET = "return {redis.call('GET', KEYS[1]), redis.call('PTTL', KEYS[1])}"
@@ -76,7 +70,7 @@ class RedisStore:
     Of a `redis://`, `rediss://`, `valkey://`, `valkeys://` or `unix://` URL it makes connections of its own, through
     redis-py. They wait a second at most and try nothing twice, and what goes wrong is a `StoreError`. A blocking client
     of redis-py or valkey-py is used as it is: its timeouts, retries and errors are its owner's. An account needs the
-    commands EVAL, TIME, ZADD, ZREM, ZREMRANGEBYSCORE, ZRANGE, ZCARD, ZSCORE, GET, SET, DEL, PTTL and PEXPIRE.
+    commands EVAL, TIME, ZADD, ZREMRANGEBYSCORE, ZRANGE, ZCARD, ZSCORE, GET, SET, DEL, PTTL and PEXPIRE.
 
     Raises `ValueError` for a URL that cannot be read, and `ImportError` for any where redis-py is missing.
 
@@ -102,6 +96,8 @@ class RedisStore:
         return hash(self._identity())
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_prefix"):  # error trackers show what could not be made, too
+            return "RedisStore()"
         where = repr(self._client) if isinstance(self._client, _Connections) else type(self._client).__name__
         return f"RedisStore({where}, prefix={self._prefix!r})"
 
@@ -153,10 +149,11 @@ class _Connections:
 
     def __init__(self, url: str) -> None:
         """Connect to nothing yet; raise `ValueError` without the URL in it, and `ImportError` without redis-py."""
-        scheme, separator, rest = url.partition("://")
-        if not separator or scheme.lower() not in _SCHEMES:
+        found = re.match("(.+?)://", str(url))
+        scheme = _SCHEMES.get(found[1].lower()) if found else None
+        if not found or not scheme:
             raise ValueError(f"store must be a folder or a URL, which begins with {'://, '.join(sorted(_SCHEMES))}://")
-        self.url = HiddenText(f"{_SCHEMES[scheme.lower()]}://{rest}")
+        self.url = HiddenText(f"{scheme}://{str(url)[found.end() :]}")
         with importing:  # all of it, since redis-py imports more of itself when it makes a client
             self._set_up()
 
@@ -181,7 +178,7 @@ class _Connections:
         raise ValueError(f"store must be a folder or a URL, and this URL cannot be read: {advice}")
 
     def __repr__(self) -> str:
-        return repr(self._place)
+        return repr(getattr(self, "_place", ""))
 
     def eval(self, script: str, numkeys: int, /, *keys_and_args: Any) -> Any:
         """Return what a script answers; raise `StoreError` for what redis-py raises."""

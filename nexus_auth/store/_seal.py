@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from ..secret import HiddenText
-from ._fork import deriving, importing
+from ._fork import deriving
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -71,8 +71,7 @@ class Seal:
 
 
 def _derive(client_secret: HiddenText, salt: bytes) -> _Keys:
-    with importing:  # late: it takes a while, and only who has a store needs it
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # late: it takes a while, and most do without
 
     secret = client_secret.encode(errors="surrogatepass")
     derived = hashlib.scrypt(secret, salt=salt, n=_N, r=_R, p=_P, maxmem=_MAX_MEMORY, dklen=64)
