@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import inspect
 import io
@@ -25,7 +26,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module, metadata
@@ -71,6 +72,8 @@ def make_auth(who: str, library: str, api: Api, lent: Any) -> Any:
     lending = {"session" if library == "requests" else "client": lent}
     if who == "nexus_auth":
         environment = import_module(who).Environment("sandbox", token_endpoint=endpoint, base_url=url)
+        if store := os.environ.get("TOKEN_FOLDER"):
+            lending["store"] = store
         return import_module(f"{who}.{library}").NexusAuth(client_id, client_secret, environment, **lending)
     if who == "requests_oauth2client":
         peer: Any = import_module(who)
@@ -158,6 +161,24 @@ def cold_start(who: str, library: str, kind: str, module: str, api: Api, spawned
     authlib = time.monotonic() - imported
     loop = import_module("asyncio").new_event_loop() if kind == "AsyncClient" else None
     return [imported - begun, run(first_answer(), loop) - spawned, authlib]
+
+
+def with_file(who: str, library: str, kind: str, module: str, api: Api, spawned: float) -> list[float]:
+    """Seconds from process start to the first answer of a script that keeps its token in a file, if it can."""
+    folder = os.environ["TOKEN_FOLDER"]
+    peer: Any = import_module(module)
+    if who in ("requests_auth", "httpx_auth"):
+        peer.OAuth2.token_cache = peer.JsonTokenFileCache(os.path.join(folder, f"{who}.json"))
+    loop = import_module("asyncio").new_event_loop() if kind == "AsyncClient" else None
+    if who == "by hand":
+        client = getattr(import_module(library), kind)()
+        form = {"client_id": api[2], "client_secret": api[3], "scope": "api1", "grant_type": "client_credentials"}
+        token = client.post(api[0], data=form).json()["access_token"]
+        client.headers["Authorization"] = f"Bearer {token}"
+    else:
+        client = make_client(who, library, kind, api)
+    run(call(client, api[1]), loop).raise_for_status()
+    return [time.monotonic() - spawned]
 
 
 def memory(who: str, library: str, kind: str, module: str, api: Api, _: float) -> list[float]:
@@ -377,6 +398,37 @@ def cold_starts() -> Iterator[Row]:
             yield compare(f"cold start less import of Authlib: {driver}", {NEXUS: rest, BY_HAND: totals[BY_HAND]})
 
 
+def shared() -> Iterator[Row]:
+    """Processes that keep their token in a file: token requests of many, and the time of a short script.
+
+    The files of the peers are those that they have for it; Authlib and requests_oauth2client have none.
+    """
+    for scenario, at_a_time, times in (("40 processes at once", 40, 40), ("15 runs in a row", 1, 15)):
+        cells: dict[str, dict[str, Any]] = {}
+        for driver, who in (("requests", NEXUS), ("requests", REQUESTS_AUTH), ("httpx", HTTPX_AUTH)):
+            with NexusSandbox(limit=10_000) as nexus, token_folder(), ThreadPoolExecutor(at_a_time) as pool:
+                list(pool.map(lambda _: in_child(with_file, nexus, who, driver), range(times)))  # noqa: B023
+                cells[who] = {"text": str(len(nexus.token_requests)), "asked": len(nexus.token_requests)}
+        yield f"token requests: {scenario}", cells
+    with NexusSandbox() as nexus, token_folder():
+        token = {"access_token": "fixed", "token_type": "Bearer", "expires_in": 3600}
+        nexus.fail_token_requests(None, status=200, json=token, delay=0.08)
+        nexus.answer("/customer", times=None, json={})
+        turns = {who: partial(in_child, with_file, nexus, who, "requests") for who in (NEXUS, REQUESTS_AUTH, BY_HAND)}
+        seconds = {who: [value for (value,) in values] for who, values in race(turns, 20).items()}
+        yield compare("a short script with a warm token file, identity server of 80 ms: requests", seconds)
+
+
+@contextlib.contextmanager
+def token_folder() -> Generator[None, None, None]:
+    """Give child processes a new folder to keep tokens in."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o700)
+        os.environ["TOKEN_FOLDER"] = folder
+        yield
+        del os.environ["TOKEN_FOLDER"]
+
+
 def memories() -> Iterator[Row]:
     """Memory of a client with its credentials, less that of a client with a bare header."""
     for driver in SYNC:
@@ -455,7 +507,7 @@ def main() -> None:
         for variable in filter(UNWANTED.fullmatch, list(os.environ)):
             del os.environ[variable]
         os.environ.update(PYTHONPYCACHEPREFIX=cache, PYTHONPATH=ROOT, PYTHONSAFEPATH="1")
-        for part in (hot_path, cold_starts, token_requests, memories, known_sets):
+        for part in (hot_path, cold_starts, token_requests, shared, memories, known_sets):
             for row in part() if options.only in part.__name__ else ():
                 rows.append(row)
                 print(f"{time.monotonic() - started:4.0f} s  {row[0]}", file=sys.stderr, flush=True)

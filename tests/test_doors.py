@@ -1,46 +1,60 @@
-"""The doors: what each loads, and what it says when its library is not there."""
+"""The doors: what each loads, the sessions and clients that they make, and how they fit in with their libraries."""
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import itertools
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import INSTALLED, Driver, nowhere, outcome, url
 
 import nexus_auth
+from nexus_auth import NexusAuthError
+from nexus_auth.testing import NexusSandbox
 
-HEAVY = ("requests", "httpx", "httpx2", "anyio", "authlib")
-
-
-def loaded_by(statement: str) -> set[str]:
-    """Return which of the libraries are loaded after `statement`, in a process of its own."""
-    code = f"{statement}\nimport sys; print(*[name for name in {HEAVY} if name in sys.modules])"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-
-
-def need(library: str) -> None:
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
+LOADED_LATE = ("requests", "httpx", "httpx2", "anyio", "authlib", "cryptography", "sqlite3", "redis",
+               "nexus_auth.store", "nexus_auth.shared")  # fmt: skip
+LIBRARIES = [name for name in ("requests", "httpx", "httpx2") if name in INSTALLED]
+ON_REQUESTS = pytest.mark.parametrize("driver", [name for name in INSTALLED if name == "requests"], indirect=True)
 
 
-def test_importing_the_package_loads_no_library() -> None:
-    assert loaded_by("import nexus_auth; nexus_auth.TEST; nexus_auth.Environment") == set()
-    assert loaded_by("from nexus_auth.testing import NexusSandbox") == set()
-    assert loaded_by("from nexus_auth import forget_tokens; forget_tokens()") == set()
+def loaded_by(*statements: str) -> list[str]:
+    """Return what is loaded of `LOADED_LATE` after each statement, in a process of its own; a line for each."""
+    look = f"import sys; print(*[name for name in {LOADED_LATE} if name in sys.modules])"
+    code = "\n".join(line for statement in statements for line in (statement, look))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
-def test_the_requests_door_loads_requests_alone() -> None:
-    need("requests")
-    assert loaded_by("from nexus_auth import NexusAuth, nexus_session; NexusAuth('a', 'b', 'test')") == {"requests"}
+def test_the_package_loads_no_library() -> None:
+    assert loaded_by(
+        "import nexus_auth; nexus_auth.TEST; nexus_auth.Environment",
+        "from nexus_auth import forget_tokens; forget_tokens()",
+        "from nexus_auth.testing import NexusSandbox",
+    ) == ["", "", ""]
 
 
-@pytest.mark.parametrize("library", ["httpx", "httpx2"])
-def test_the_httpx_doors_load_neither_requests_nor_each_other(library: str) -> None:
-    need(library)
-    loaded = loaded_by(f"from nexus_auth.{library} import NexusAuth; NexusAuth('a', 'b', 'test')")
-    assert loaded == {library}
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_door_loads_its_own_library_alone(library: str) -> None:
+    of_library, of_door = loaded_by(
+        f"import {library}", f"from nexus_auth.{library} import NexusAuth; NexusAuth('a', 'b', 'test')"
+    )
+    assert of_door == of_library
+
+
+@pytest.mark.skipif("requests" not in INSTALLED, reason="requests is not installed")
+def test_the_package_has_the_names_of_the_door_for_requests() -> None:
+    door = importlib.import_module("nexus_auth.requests")
+    assert (nexus_auth.NexusAuth, nexus_auth.nexus_session) == (door.NexusAuth, door.nexus_session)
+    text = pydoc.plain(pydoc.render_doc(nexus_auth))
+    for name in ("class NexusAuth(", "class Environment(", "nexus_session(", "forget_tokens()"):
+        assert name in text
 
 
 @pytest.mark.parametrize("library", ["requests", "httpx", "httpx2"])
@@ -57,3 +71,339 @@ def test_a_door_without_its_library_says_which_to_install(library: str, monkeypa
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'nexus_auth' has no attribute 'nexus_client'"):
         nexus_auth.nexus_client  # noqa: B018
+    assert not hasattr(nexus_auth, "nexus_async_client")
+
+
+def parameters(function: Any) -> dict[str, Any]:
+    """Return the names and defaults of the parameters of `function`."""
+    return {parameter.name: parameter.default for parameter in inspect.signature(function).parameters.values()}
+
+
+def test_signatures(driver: Driver) -> None:
+    """As the contract has them: users rely on names and defaults."""
+    names = ["client_id", "client_secret", "environment"]
+    required = dict.fromkeys(names, inspect.Parameter.empty)
+    options = {"scope": "api1", "leeway": 60, "timeout": 10, "max_wait": 75, "store": None}
+    assert parameters(driver.door.NexusAuth) == {**required, **options, driver.lent_as: None}
+    for name in ("nexus_session", "nexus_client", "nexus_async_client"):
+        if factory := getattr(driver.door, name, None):
+            assert inspect.isfunction(factory)
+            assert factory.__doc__
+            found = parameters(factory)
+            assert {**found, **dict.fromkeys(names), **options, "iso8601": False} == {"timeout": 10, **found}
+    from_env = driver.door.NexusAuth.from_env
+    assert parameters(from_env) == {"prefix": "NEXUS_", "options": inspect.Parameter.empty}
+
+
+def test_a_factory_makes_a_plain_client(driver: Driver, sandbox: NexusSandbox) -> None:
+    plain, made = driver.client(), driver.ready_made(sandbox)
+    assert isinstance(made, type(plain))
+    assert isinstance(made.auth, driver.door.NexusAuth)
+    assert str(made.base_url).rstrip("/") == sandbox.environment.base_url
+    assert "request_iso8601" not in made.headers
+
+
+@pytest.mark.parametrize("path", ["/customer", "customer", "/customer?page=2", "customer/1/", "?page=2", ""])
+def test_relative_urls(driver: Driver, sandbox: NexusSandbox, path: str) -> None:
+    client = driver.ready_made(sandbox)
+    assert driver.get(client, path).status == 200
+    assert sandbox.requests[0].path == f"/{path.lstrip('/')}"
+
+
+def test_relative_urls_to_a_base_url_with_a_path(driver: Driver, sandbox: NexusSandbox) -> None:
+    for base_url in (url(sandbox, "/nexus/v1"), url(sandbox, "/nexus/v1/")):
+        urls = {"token_endpoint": sandbox.environment.token_endpoint, "base_url": base_url}
+        environment = nexus_auth.Environment("with a path", **urls)
+        client = driver.keep(driver.from_factory(sandbox.client_id, sandbox.client_secret, environment))
+        assert driver.get(client, "/customer").status == 200
+        assert sandbox.requests[-1].path == "/nexus/v1/customer"
+
+
+def test_absolute_urls(driver: Driver, sandbox: NexusSandbox, stranger: NexusSandbox) -> None:
+    client = driver.ready_made(sandbox)
+    assert driver.get(client, url(sandbox, "/absolute")).status == 200
+    assert driver.get(client, url(sandbox, "/upper").replace("http:", "HTTP:")).status == 200
+    assert driver.get(client, url(stranger, "/elsewhere")).status == 401
+    assert [arrival.path for arrival in sandbox.requests + stranger.requests] == ["/absolute", "/upper", "/elsewhere"]
+
+
+def test_addresses_that_only_look_absolute(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.ready_made(sandbox)
+    for address in ("//evil.example/x", "@evil.example/x", "/https://evil.example", "\\\\evil.example",
+                    ".evil.example/x", "?https://evil.example"):  # fmt: skip
+        assert driver.get(client, address).status == 200, address
+    assert all(str(arrival.headers["Authorization"]).startswith("Bearer ") for arrival in sandbox.requests)
+
+
+@ON_REQUESTS
+def test_addresses_that_only_look_absolute_to_requests(driver: Driver, sandbox: NexusSandbox) -> None:
+    """Its sessions join nothing themselves, so this is for the door to do."""
+    client = driver.ready_made(sandbox)
+    for address in (":443@evil.example", "https:evil.example", "https:/evil.example"):
+        assert driver.get(client, address).status == 200, address
+    assert client.send(client.prepare_request(driver.library.Request("GET", b"/bytes"))).status_code == 200
+    assert [arrival.path for arrival in sandbox.requests][-1] == "/bytes"
+    assert all(str(arrival.headers["Authorization"]).startswith("Bearer ") for arrival in sandbox.requests)
+
+
+def test_iso8601(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.ready_made(sandbox, iso8601=True)
+    driver.get(client, "/customer")
+    sandbox.revoke_tokens()
+    driver.get(client, "/customer")
+    assert [arrival.headers["request_iso8601"] for arrival in sandbox.requests] == ["true"] * 3
+    assert [arrival.headers["request_iso8601"] for arrival in sandbox.token_requests] == [None] * 2
+
+
+def test_the_timeout_of_a_factory_is_that_of_token_requests(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.ready_made(sandbox, timeout=0.05, max_wait=0.1)
+    sandbox.fail_token_requests(None, delay=5)
+    call = driver.in_background(driver.get, client, "/customer")
+    assert isinstance(call.exception(timeout=4), driver.library_error)
+    assert sandbox.requests == []
+
+
+@pytest.fixture
+def variables(sandbox: NexusSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set the environment variables to what they have to be for the sandbox."""
+    monkeypatch.setenv("NEXUS_CLIENT_ID", sandbox.client_id)
+    monkeypatch.setenv("NEXUS_CLIENT_SECRET", sandbox.client_secret)
+    monkeypatch.setenv("NEXUS_TOKEN_ENDPOINT", sandbox.environment.token_endpoint)
+    monkeypatch.setenv("NEXUS_BASE_URL", sandbox.environment.base_url)
+
+
+@pytest.mark.usefixtures("variables")
+def test_a_factory_without_credentials_reads_the_environment_variables(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.keep(driver.from_factory(scope="sanctionlist", iso8601=True))
+    assert driver.get(client, "/customer").status == 200
+    assert dict(sandbox.token_requests[0].form)["scope"] == "sanctionlist"
+    assert sandbox.requests[0].headers["request_iso8601"] == "true"
+
+
+@pytest.mark.usefixtures("variables")
+def test_a_factory_with_some_credentials_names_what_is_missing(driver: Driver) -> None:
+    arguments = {"client_id": "id", "client_secret": "s3cret", "environment": "test"}
+    for count in (1, 2):
+        for given in itertools.combinations(arguments, count):
+            with pytest.raises(TypeError) as raised:
+                driver.from_factory(**{name: arguments[name] for name in given})
+            missing = ", ".join(name for name in arguments if name not in given)
+            assert str(raised.value).startswith(f"missing: {missing}; without all three the environment variables ")
+            assert "s3cret" not in str(raised.value)
+
+
+def test_a_factory_without_credentials_and_variables_names_the_variables(driver: Driver) -> None:
+    with pytest.raises(ValueError, match="NEXUS_CLIENT_ID, NEXUS_CLIENT_SECRET, NEXUS_ENVIRONMENT"):
+        driver.from_factory()
+
+
+def test_the_token_for_what_is_no_http_call(driver: Driver, sandbox: NexusSandbox) -> None:
+    """What it does with a token that was refused is proved where a 401 is."""
+    auth = driver.auth(sandbox)
+    token = driver.access_token(auth)
+    assert type(token) is str
+    assert driver.get(driver.client(auth), url(sandbox)).status == 200
+    assert sandbox.requests[0].headers["Authorization"] == f"Bearer {token}"
+    assert len(sandbox.token_requests) == 1
+
+
+def test_the_token_for_what_is_no_http_call_has_the_errors_of_a_call(driver: Driver, sandbox: NexusSandbox) -> None:
+    refused: Any = outcome(driver.access_token, driver.auth(sandbox, client_secret="wrong"))
+    assert type(refused) is driver.door.TokenRequestError
+    assert refused.error == "invalid_client"
+    sandbox.fail_token_requests(status=429, retry_after=30)
+    late: Any = outcome(driver.access_token, driver.auth(sandbox, max_wait=5))
+    assert type(late) is driver.door.TokenWaitError
+
+
+def test_who_sends_the_token_is_told_of_the_risk(driver: Driver) -> None:
+    for name in ("access_token", "async_access_token"):
+        if method := getattr(driver.door.NexusAuth, name, None):
+            assert method.__doc__
+    assert "wherever you send it" in driver.door.NexusAuth.access_token.__doc__
+
+
+def test_an_auth_of_another_library(doors: list[Driver], sandbox: NexusSandbox) -> None:
+    """It says what it is for, and which is the right one, whether the client has it or the call."""
+    for driver, given in itertools.permutations(doors, 2):
+        if driver.library is given.library:
+            continue
+        auth = given.auth(sandbox)
+        for client, options in ((driver.client(auth), {}), (driver.client(), {"auth": auth})):
+            with pytest.raises(TypeError) as raised:
+                driver.get(client, url(sandbox), **options)
+            own, other = given.library.__name__, driver.library.__name__
+            expected = f"this NexusAuth is for {own}; for {other}: from nexus_auth.{other} import NexusAuth"
+            assert str(raised.value) == expected
+    assert sandbox.token_requests == sandbox.requests == []
+
+
+def test_a_client_of_the_other_kind_is_lent(doors: list[Driver], sandbox: NexusSandbox) -> None:
+    """Blocking and asynchronous clients are told apart once it shows for whom the token is: when a call is made."""
+    for driver, other in itertools.permutations(doors, 2):
+        lent = other.client()
+        if driver.library is not other.library or isinstance(lent, type(driver.client())):
+            continue
+        auth = driver.auth(sandbox, **driver.lend(lent))
+        call: Any = outcome(driver.get, driver.client(auth), url(sandbox))
+        token: Any = outcome(driver.access_token, auth)
+        assert type(call) is type(token) is TypeError
+        assert str(call) == str(token)
+        assert str(call).endswith("Client, and the client lent to its auth is another")
+    assert sandbox.token_requests == []
+
+
+def test_another_auth_of_the_client_is_left_alone(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.client(("user", "password"))
+    assert driver.get(client, url(sandbox), auth=driver.auth(sandbox)).status == 200
+    assert driver.get(client, url(sandbox)).status == 401
+    assert sandbox.requests[1].headers["Authorization"].startswith("Basic ")
+
+
+@pytest.fixture(params=["NETRC", "HOME"])
+def netrc(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an entry for every host in ~/.netrc, or in the file that NETRC names."""
+    path = tmp_path / ".netrc"
+    path.write_text("machine 127.0.0.1 login user password from-netrc\ndefault login user password from-netrc\n")
+    path.chmod(0o600)
+    monkeypatch.delenv("NETRC")
+    monkeypatch.setenv(request.param, str(path if request.param == "NETRC" else tmp_path))
+
+
+def authorizations(sandbox: NexusSandbox) -> set[str]:
+    """Return the schemes of the Authorization headers that arrived."""
+    return {str(arrival.headers["Authorization"]).partition(" ")[0] for arrival in sandbox.requests}
+
+
+@pytest.mark.usefixtures("netrc")
+def test_netrc_never_replaces_the_token(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.ready_made(sandbox)
+    for status in (301, 302, 303, 307, 308):
+        sandbox.answer("/old", status=status, headers={"Location": "/older"})
+        sandbox.answer("/older", status=status, headers={"Location": url(sandbox)})
+        assert driver.get(client, "/old").status == 200
+    assert len(sandbox.token_requests) == 1
+    sandbox.revoke_tokens()
+    sandbox.answer("/old", status=307, headers={"Location": url(sandbox)})
+    assert driver.get(client, "/old").status == 200
+    assert authorizations(sandbox) == {"Bearer"}
+    assert [arrival.headers["Authorization"] for arrival in sandbox.token_requests] == [None] * 2
+
+
+@ON_REQUESTS
+@pytest.mark.usefixtures("netrc")
+def test_netrc_serves_other_hosts_as_it_always_does(
+    driver: Driver, sandbox: NexusSandbox, stranger: NexusSandbox
+) -> None:
+    sandbox.answer("/away", status=302, headers={"Location": url(stranger)})
+    assert driver.get(driver.ready_made(sandbox), "/away").status == 401
+    assert authorizations(stranger) == {"Basic"}
+
+
+def test_hooks_see_the_api_alone(driver: Driver, sandbox: NexusSandbox) -> None:
+    seen: list[tuple[str, int]] = []
+    client = driver.ready_made(sandbox)
+    driver.on_response(client, lambda response: seen.append((str(response.url), response.status_code)))
+    driver.get(client, "/customer")
+    sandbox.revoke_tokens()
+    assert driver.get(client, "/customer").history == [401]
+    assert {address for address, _ in seen} == {url(sandbox)}
+    assert [seen[0][1], seen[-1][1]] == [200, 200]
+    assert len(sandbox.token_requests) == 2
+
+
+def test_hooks_that_raise_for_status(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.ready_made(sandbox)
+    driver.on_response(client, lambda response: response.raise_for_status())
+    assert driver.get(client, "/customer").status == 200
+    for status in (400, 404, 503):
+        sandbox.answer("/odd", status=status)
+        error: Any = outcome(driver.get, client, "/odd")
+        assert not isinstance(error, NexusAuthError)
+        assert error.response.status_code == status
+        outcome(getattr, error.response, "content")  # which requests leaves to its user; once it is read, it is closed
+    assert driver.get(client, "/customer").status == 200
+    assert len(sandbox.token_requests) == 1
+    sandbox.answer("/odd", status=401, times=2)
+    refused: Any = outcome(driver.get, client, "/odd")
+    assert refused.response.status_code == 401
+    outcome(getattr, refused.response, "content")
+
+
+@ON_REQUESTS
+def test_hooks_of_requests_see_the_answer_that_the_caller_gets(driver: Driver, sandbox: NexusSandbox) -> None:
+    seen: list[Any] = []
+    client = driver.ready_made(sandbox)
+    driver.on_response(client, lambda response: seen.append((response.status_code, len(response.history))))
+    driver.get(client, "/customer")
+    sandbox.revoke_tokens()
+    driver.get(client, "/customer")
+    # A hook of the call takes the place of the session's, as it always does.
+    driver.get(client, "/customer", hooks={"response": lambda *_, **__: seen.append("its own")})
+    assert seen == [(200, 0), (200, 1), "its own"]
+
+
+def test_a_stream_is_the_callers_to_read(driver: Driver, sandbox: NexusSandbox) -> None:
+    """Here its end never comes."""
+    client = driver.ready_made(sandbox)
+    for _ in range(2):
+        sandbox.answer("/endless", status=401)
+        sandbox.answer("/endless", headers={"Content-Length": "1000000"})
+        assert driver.in_background(driver.status_of, client, "/endless").result(timeout=10) == 200
+    assert len(sandbox.token_requests) == 3
+
+
+def test_the_timeout_of_a_call_holds_for_what_is_sent_again(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.ready_made(sandbox)
+    driver.get(client, "/customer")
+    sandbox.answer("/slow", status=401)
+    sandbox.answer("/slow", delay=5)
+    with pytest.raises(driver.timeout_error):
+        driver.get(client, "/slow", timeout=0.1)
+
+
+def test_what_the_caller_sends_is_sent_again_as_it_was(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.ready_made(sandbox)
+    sandbox.answer("/customer", "POST", status=401)
+    headers = {"X-Mine": "mine", "Content-Type": "text/plain"}
+    reply = driver.send(client, "POST", "/customer", b"mine", headers=headers, params={"page": "2"})
+    assert (reply.status, reply.history) == (200, [401])
+    refused, accepted = sandbox.requests
+    assert refused.headers["Authorization"] != accepted.headers["Authorization"]
+    for arrival in (refused, accepted):
+        assert (arrival.method, arrival.path, arrival.body) == ("POST", "/customer?page=2", b"mine")
+        assert [arrival.headers[name] for name in headers] == list(headers.values())
+
+
+def test_cookies_of_a_mended_call_are_kept(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.ready_made(sandbox)
+    sandbox.answer("/customer", status=401, headers={"Set-Cookie": "refused=1; Path=/"})
+    sandbox.answer("/customer", headers={"Set-Cookie": "accepted=1; Path=/"})
+    assert driver.get(client, "/customer").status == 200
+    assert dict(client.cookies) == {"refused": "1", "accepted": "1"}
+    assert [arrival.headers["Cookie"] for arrival in sandbox.token_requests] == [None, None]
+
+
+@ON_REQUESTS
+def test_a_prepared_request_can_be_sent_again_and_again(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.ready_made(sandbox)
+    prepared = client.prepare_request(driver.library.Request("POST", "/payment", json={"amount": 1}))
+    for _ in range(3):
+        sandbox.revoke_tokens()
+        assert driver.get(client, "/customer").status == 200
+        assert client.send(prepared).status_code == 200
+    assert {arrival.body for arrival in sandbox.requests if arrival.method == "POST"} == {prepared.body}
+
+
+def test_no_connection_is_needed_for_what_fails_at_once(driver: Driver, sandbox: NexusSandbox) -> None:
+    """An API that refuses connections is the library's error, as without the auth; the token is kept."""
+    client = driver.client(driver.auth(sandbox))
+    environment = nexus_auth.Environment(
+        "API that is down", token_endpoint=sandbox.environment.token_endpoint, base_url=nowhere().base_url
+    )
+    down = driver.client(driver.auth(sandbox, environment=environment))
+    for _ in range(2):
+        with pytest.raises(driver.connection_error):
+            driver.get(down, f"{environment.base_url}/customer")
+    assert driver.get(client, url(sandbox)).status == 200
+    assert len(sandbox.token_requests) == 1

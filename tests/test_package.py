@@ -48,16 +48,17 @@ def test_metadata(dist: Path) -> None:
 def test_the_wheel_holds_the_package_and_nothing_else(dist: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    inside = {name.removeprefix("nexus_auth/") for name in names if name.startswith("nexus_auth/")}
-    package = ROOT / "nexus_auth"
-    assert inside == {path.name for path in package.iterdir() if path.is_file()}
+    inside = {name for name in names if name.startswith("nexus_auth/")}
+    files = [path for path in (ROOT / "nexus_auth").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert inside == {path.relative_to(ROOT).as_posix() for path in files}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"nexus_auth"}
 
 
 def test_the_wheel_runs_the_first_command(dist: Path, python: Path, tmp_path: Path) -> None:
     (wheel,) = dist.glob("*.whl")
     run(python, "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path)
-    assert "Successfully" in run(python, "-m", "nexus_auth", "get", "/customer", "--sandbox", cwd=tmp_path)
+    for command in ([python, "-m", "nexus_auth"], [python.with_name("nexus-auth")]):
+        assert "Successfully" in run(*command, "get", "/customer", "--sandbox", cwd=tmp_path)
     assert run(python, "-c", "import nexus_auth; print(nexus_auth.__file__)", cwd=tmp_path).count("site-packages") == 1
 
 

@@ -1,70 +1,82 @@
-"""The folder copied into another package: it works there under its new name, with Authlib and requests alone."""
+"""The folder copied into another package: it works there under its new name, with Authlib and one HTTP library."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import INSTALLED
 
 import nexus_auth
-from nexus_auth.testing import NexusSandbox
 
-pytest.importorskip("requests", reason="the copy is used with requests")
+HOME = Path(nexus_auth.__file__).parent
+DOORS = {  # and the files of which each is made
+    "requests": ["requests.py"],
+    "httpx": ["httpx.py", "_httpx_flow.py"],
+    "httpx2": ["httpx2.py", "_httpx_flow.py"],
+}
+LIBRARIES = [name for name in DOORS if name in INSTALLED]
 
+# What the copy is to do, with the one library that it has a door for: {library} and the name of its {factory}.
 SCRIPT = """
-import sys, pickle, requests
-for name in ("httpx", "httpx2"):
+import sys
+for name in {others}:
     sys.modules[name] = None
+import {library}
 from acme._vendor import nexus_auth as vendored
-from acme._vendor.nexus_auth import NexusAuth, TokenRequestError, nexus_session
+from acme._vendor.nexus_auth import TokenRequestError, forget_tokens
+from acme._vendor.nexus_auth.{library} import NexusAuth, {factory} as make
 from acme._vendor.nexus_auth.testing import NexusSandbox
 import nexus_auth
 assert "acme" in vendored.__file__ and vendored.__version__ == nexus_auth.__version__
 assert vendored.TokenRequestError is not nexus_auth.TokenRequestError
-with NexusSandbox() as nexus:
-    credentials = nexus.client_id, nexus.client_secret, nexus.environment
-    session = nexus_session(*credentials)
+with NexusSandbox() as nexus, make(nexus.client_id, nexus.client_secret, nexus.environment) as client:
     for _ in range(10):
-        assert session.get("/customer").status_code == 200
+        assert client.get("/customer").status_code == 200
     nexus.revoke_tokens()
-    assert session.post("/customer", json={"a": 1}).json()["values"]["body"] == '{"a": 1}'
-    assert len(nexus.token_requests) == 2
-    assert pickle.loads(pickle.dumps(session)).get("/customer").status_code == 200
+    assert client.post("/customer", json={{"a": 1}}).json()["values"]["body"].replace(" ", "") == '{{"a":1}}'
     assert len(nexus.token_requests) == 2
     # The installed package has a state of its own.
-    urls = {"token_endpoint": nexus.environment.token_endpoint, "base_url": nexus.environment.base_url}
-    own = nexus_auth.Environment("own", **urls)
-    assert nexus_auth.nexus_session(nexus.client_id, nexus.client_secret, own).get("/customer").status_code == 200
+    nexus_auth.forget_tokens()
+    assert client.get("/customer").status_code == 200
+    assert len(nexus.token_requests) == 2
+    # A store is there, too.
+    for _ in range(2):
+        forget_tokens()
+        NexusAuth(nexus.client_id, nexus.client_secret, nexus.environment, store="store").access_token()
     assert len(nexus.token_requests) == 3
-    try:
-        nexus_session(nexus.client_id, "wrong", nexus.environment).get("/customer")
-    except TokenRequestError as error:
-        assert isinstance(error, requests.RequestException) and error.error == "invalid_client"
-    try:
-        NexusAuth(*credentials)(object())
-    except TypeError as error:
-        assert "from acme._vendor.nexus_auth." in str(error), error
-assert not [name for name in sys.modules if name.startswith("nexus_auth.httpx")]
+    for wrong, words in (
+        (lambda: NexusAuth(nexus.client_id, "wrong", nexus.environment).access_token(), "refused client"),
+        (lambda: NexusAuth("id", "secret", nexus_auth.TEST), "an Environment of acme._vendor.nexus_auth, not"),
+        (lambda: NexusAuth("id", "secret", nexus_auth.TEST), "(a nexus_auth.environment.Environment)"),
+        (lambda: NexusAuth("id", "secret", "test")(object()), "from acme._vendor.nexus_auth."),
+    ):
+        try:
+            wrong()
+        except (TypeError, TokenRequestError) as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(words)
+assert not [name for name in sys.modules if name.startswith("nexus_auth.") and name.endswith(("requests", "flow"))]
 print("fine")
 """
 
 
 @pytest.fixture
 def vendored(tmp_path: Path) -> Path:
-    home = Path(nexus_auth.__file__).parent
-    shutil.copytree(home, tmp_path / "acme/_vendor/nexus_auth", ignore=shutil.ignore_patterns("__pycache__"))
+    """The folder in which there is the package acme with the copy in it."""
+    shutil.copytree(HOME, tmp_path / "acme/_vendor/nexus_auth", ignore=shutil.ignore_patterns("__pycache__"))
     for package in ("acme", "acme/_vendor"):
         (tmp_path / package / "__init__.py").touch()
     return tmp_path
 
 
 def run(code: list[str], vendored: Path) -> subprocess.CompletedProcess[str]:
-    import os
-
-    path = os.pathsep.join([str(vendored), str(Path(nexus_auth.__file__).parent.parent)])
+    path = os.pathsep.join([str(vendored), str(HOME.parent)])
     return subprocess.run(
         [sys.executable, "-W", "error", *code],
         env={**os.environ, "PYTHONPATH": path},
@@ -75,11 +87,17 @@ def run(code: list[str], vendored: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_copy_keeps_the_contract(vendored: Path) -> None:
-    done = run(["-c", SCRIPT], vendored)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_copy_keeps_the_contract(vendored: Path, library: str) -> None:
+    for name in {name for names in DOORS.values() for name in names} - set(DOORS[library]):
+        (vendored / "acme/_vendor/nexus_auth" / name).unlink()
+    factory = "nexus_session" if library == "requests" else "nexus_client"
+    script = SCRIPT.format(library=library, factory=factory, others=[name for name in DOORS if name != library])
+    done = run(["-c", script], vendored)
     assert (done.stdout, done.stderr) == ("fine\n", "")
 
 
+@pytest.mark.skipif("requests" not in INSTALLED, reason="the command line uses requests")
 def test_the_copy_has_its_command_line(vendored: Path) -> None:
     done = run(["-m", "acme._vendor.nexus_auth", "get", "/customer", "--sandbox"], vendored)
     assert done.returncode == 0, done.stderr
@@ -89,16 +107,10 @@ def test_the_copy_has_its_command_line(vendored: Path) -> None:
 def test_the_licence_is_inside(vendored: Path) -> None:
     text = (vendored / "acme/_vendor/nexus_auth/LICENSE").read_text()
     assert text.startswith("MIT License")
-    licence = Path(__file__).parent.parent / "LICENSE"
-    assert text == licence.read_text()
+    assert text == (Path(__file__).parent.parent / "LICENSE").read_text()
 
 
 def test_nothing_is_imported_by_its_own_name(vendored: Path) -> None:
-    for source in (vendored / "acme/_vendor/nexus_auth").glob("*.py"):
+    for source in (vendored / "acme/_vendor/nexus_auth").rglob("*.py"):
         for line in source.read_text().splitlines():
             assert not line.strip().startswith(("import nexus_auth", "from nexus_auth")), (source.name, line)
-
-
-def test_sandboxes_do_not_share_tokens() -> None:
-    with NexusSandbox() as one, NexusSandbox() as other:
-        assert one.client_secret != other.client_secret

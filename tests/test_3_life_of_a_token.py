@@ -1,0 +1,715 @@
+"""3. Life of a token: fresh, stale, expired or absent; who fetches another, who waits, and what comes of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from conftest import Driver, GatedSandbox, outcome, statuses, url
+from herd import (
+    NO_ROUTE,
+    NOW,
+    REFUSAL,
+    SILENCE,
+    Answer,
+    Herd,
+    a_call,
+    access_token,
+    limits,
+    response,
+    retry_after,
+    token,
+    tokens,
+)
+
+from nexus_auth import quota
+from nexus_auth.credentials import Credentials, credentials_of
+from nexus_auth.grant import Fault, FaultKind
+from nexus_auth.known import Call, Decision, Failure, Fetch, Known, Raise, Renewals, TooLong, Use, decide, landed, told
+from nexus_auth.quota import Endpoint, Holder, Place, Turn
+from nexus_auth.secret import HiddenText
+from nexus_auth.steps import Client, Steps
+from nexus_auth.testing import NexusSandbox
+from nexus_auth.token import State, Token, state_of
+
+FRESH = Token("fresh", expires_at=NOW + 600, half_life=NOW - 1, arrived_at=NOW - 9)
+STALE = Token("stale", expires_at=NOW + 30, half_life=NOW - 1, arrived_at=NOW - 9)
+EXPIRED = Token("expired", expires_at=NOW, half_life=NOW - 5, arrived_at=NOW - 9)
+REFUSED = Failure(Fault(FaultKind.REFUSED, "", ""), timeout=10, max_wait=75, met_at=NOW - 1, memory=10)
+
+
+# A token and its state
+
+
+@pytest.mark.parametrize(
+    ("age", "leeway", "is_fresh"),
+    [
+        (0, 60, True),
+        (939.9, 60, True),
+        (940, 60, False),
+        (999.9, 0, True),
+        (1000, 0, False),
+        (499.9, 600, True),  # the leeway is never more than half of the lifetime
+        (500, 600, False),
+        (499.9, 1e9, True),
+        (500, 500, False),
+    ],
+)
+def test_freshness(age: float, leeway: float, is_fresh: bool) -> None:
+    assert Token.granted("t", 1000, asked_at=50, arrived_at=51).is_fresh(50 + age, leeway) is is_fresh
+
+
+def test_a_token_is_as_old_as_its_request() -> None:
+    granted = Token.granted("t", 1000, asked_at=50, arrived_at=60)
+    assert granted == Token("t", expires_at=1050, half_life=550, arrived_at=60)
+    assert granted.lifetime == 1000
+    assert granted.authorization == "Bearer t"
+    assert "'t'" not in repr(granted)
+
+
+def test_a_token_without_a_lifetime_is_always_fresh() -> None:
+    granted = Token.granted("t", math.inf, asked_at=50, arrived_at=60)
+    assert granted.lifetime == math.inf
+    assert granted.is_fresh(1e12, leeway=1e9)
+
+
+@pytest.mark.parametrize(
+    ("known", "refused", "state"),
+    [
+        (None, None, State.ABSENT),
+        (None, "fresh", State.ABSENT),
+        (FRESH, None, State.FRESH),
+        (FRESH, "another", State.FRESH),
+        (FRESH, "fresh", State.REFUSED),
+        (STALE, None, State.STALE),
+        (STALE, "stale", State.REFUSED),
+        (EXPIRED, None, State.EXPIRED),
+        (EXPIRED, "another", State.EXPIRED),
+        (EXPIRED, "expired", State.REFUSED),
+    ],
+)
+def test_the_state_of_a_token(known: Token | None, refused: str | None, state: State) -> None:
+    assert state_of(known, NOW, 60, refused) is state
+
+
+# What to do
+
+
+@pytest.mark.parametrize(
+    ("known", "call", "decision"),
+    [
+        (Known(), a_call(), Fetch()),
+        (Known(FRESH), a_call(), Use(FRESH)),
+        (Known(FRESH, failure=REFUSED), a_call(), Use(FRESH)),
+        (Known(FRESH), a_call(token_requests=1, spent=99), Use(FRESH)),
+        (Known(STALE), a_call(), Fetch(fallback=STALE)),
+        (Known(STALE, ahead_after=NOW), a_call(), Fetch(fallback=STALE)),
+        (Known(STALE, ahead_after=NOW + 0.1), a_call(), Use(STALE)),
+        (Known(STALE, failure=REFUSED, ahead_after=NOW + 1), a_call(), Use(STALE)),
+        (Known(EXPIRED), a_call(), Fetch()),
+        (Known(EXPIRED, ahead_after=NOW + 1), a_call(), Fetch()),
+        (Known(EXPIRED), a_call(begun_at=NOW - 9), Use(EXPIRED)),  # lives shorter than its answer took
+        (Known(EXPIRED), a_call(begun_at=NOW - 8.9), Fetch()),
+        (Known(STALE), a_call(begun_at=NOW - 9), Use(STALE)),
+        (Known(STALE), a_call(begun_at=NOW - 8.9), Fetch(fallback=STALE)),
+        (Known(EXPIRED, failure=REFUSED), a_call(), Raise(REFUSED)),
+        (Known(EXPIRED, Failure(REFUSED.fault, 10, 75, NOW - 1, 1)), a_call(), Fetch()),
+    ],
+)
+def test_what_to_do_for_a_call(known: Known, call: Call, decision: Decision) -> None:
+    assert decide(known, NOW, call) == decision
+
+
+@pytest.mark.parametrize("call", [a_call(), a_call(insists=True)])
+def test_a_new_token_ends_what_is_known_of_failures(call: Call) -> None:
+    renewals = Renewals(pause=4, after=NOW + 4, unrepeatable_after=NOW + 9, on_trial="x")
+    known = landed(Known(STALE, REFUSED, NOW + 9, renewals), FRESH, call, NOW)
+    assert known == Known(FRESH, None, 0.0, renewals)
+
+
+def test_what_another_process_tells() -> None:
+    known = Known(STALE, REFUSED, NOW + 9, Renewals(pause=4))
+    later = replace(REFUSED, met_at=NOW + 5)
+    assert told(known, later) == Known(STALE, later, NOW + 15, Renewals(pause=4))
+
+
+# The turn to fetch
+
+
+def steps() -> Steps[object]:
+    yield from ()
+    return None
+
+
+def holder(of: Steps[object], ends_at: float = NOW + 11) -> Holder:
+    return Holder("caller", of, sends_at=NOW, ends_at=ends_at)
+
+
+def test_a_turn_is_for_one_until_it_is_given_back() -> None:
+    turn, first, second = Turn(), holder(steps()), holder(steps())
+    assert turn.take(first, NOW) is None
+    assert turn.take(second, NOW + 10.9) is first
+    turn.give_back(second.steps)  # which has none
+    assert turn.take(second, NOW) is first
+    assert (turn.is_of(first.steps), turn.is_of(second.steps)) == (True, False)
+    turn.give_back(first.steps)
+    assert turn.take(second, NOW) is None
+    assert (turn.is_of(first.steps), turn.is_of(second.steps)) == (False, True)
+
+
+def test_a_turn_runs_out_unless_it_is_taken_again() -> None:
+    turn, one, other = Turn(), steps(), holder(steps(), ends_at=NOW + 32)
+    turn.take(holder(one), NOW)
+    renewed = holder(one, ends_at=NOW + 21)
+    assert turn.take(renewed, NOW + 10) is None
+    assert turn.take(other, NOW + 20.9) is renewed
+    assert turn.take(other, NOW + 21) is None
+    assert turn.take(renewed, NOW + 21.1) is other  # whoever lost it waits
+
+
+def test_a_turn_of_steps_that_were_broken_off_is_free() -> None:
+    turn, broken_off, other = Turn(), steps(), holder(steps())
+    turn.take(holder(broken_off), NOW)
+    broken_off.close()
+    assert turn.take(other, NOW) is None
+
+
+# By hand: one caller
+
+
+def test_the_first_caller_fetches() -> None:
+    herd = Herd(token("t", takes=0.25))
+    assert herd.call() == Use(Token("t", expires_at=4600, half_life=2800, arrived_at=1000.25))
+    assert herd.sent == [0]
+    assert (herd.requests[0].timeout, herd.requests[0].left) == (10, 75)
+    assert herd.requests[0].client is herd.credentials.client
+
+
+def test_a_fresh_token_takes_no_step() -> None:
+    herd = Herd(more=tokens())
+    assert herd.credentials.fresh_token(60) is None
+    herd.call()
+    herd.wait(3539.9)
+    fresh = herd.credentials.fresh_token(60)
+    assert fresh is not None
+    assert herd.call() == Use(fresh)
+    herd.wait(0.1)
+    assert herd.credentials.fresh_token(60) is None
+    assert access_token(herd.call()) == "t2"
+    assert herd.sent == [0, 3540]
+
+
+def test_the_token_of_a_second_try_is_as_old_as_that() -> None:
+    herd = Herd(NO_ROUTE, token("t"))
+    decision = herd.call()
+    assert isinstance(decision, Use)
+    assert decision.token.expires_at == 1000 + herd.sent[1] + 3600
+
+
+# By hand: many callers
+
+
+def test_a_hundred_callers_cost_one_token_request() -> None:
+    herd = Herd(token("t", takes=2), SILENCE)
+    callers = herd.crowd(100)
+    herd.run()
+    assert {access_token(caller.outcome) for caller in callers} == {"t"}
+    assert herd.sent == [0]
+    assert max(caller.waited for caller in callers) < 2.11
+
+
+def test_who_waits_looks_soon_and_then_ten_times_a_second() -> None:
+    herd = Herd(token("t", takes=2))
+    _, waits = herd.crowd(2)
+    herd.run()
+    assert waits.slept[:2] == pytest.approx([0.01, 0.0125])
+    assert waits.slept[15:] == pytest.approx([0.1] * len(waits.slept[15:]))
+    assert 20 < len(waits.slept) < 35
+
+
+def test_sixty_callers_of_a_silent_endpoint_are_told_at_once() -> None:
+    herd = Herd(SILENCE)
+    callers = herd.crowd(60)
+    herd.run()
+    assert len(herd.sent) == 4
+    assert {type(caller.outcome) for caller in callers} == {Raise}
+    assert max(caller.ended_at for caller in callers) - min(caller.ended_at for caller in callers) < 0.11
+
+
+def test_callers_that_come_while_it_is_tried_again_share_what_comes_of_it() -> None:
+    herd = Herd(NO_ROUTE, NO_ROUTE, token("t"))
+    callers = [herd.start()]
+    for _ in range(8):
+        herd.wait(0.05)
+        callers += herd.crowd(5)
+    herd.run()
+    assert {access_token(caller.outcome) for caller in callers} == {"t"}
+    assert len(herd.sent) == 3
+
+
+@pytest.mark.parametrize("lifetime", [5, 8, 12, 16])
+def test_a_token_that_is_old_when_it_arrives_serves_all_that_waited(lifetime: float) -> None:
+    """It may have expired, or be due for a renewal that would bring another of its kind."""
+    herd = Herd(more=tokens(lifetime, takes=8))
+    callers = herd.crowd(40)
+    herd.run()
+    assert {access_token(caller.outcome) for caller in callers} == {"t1"}
+    assert herd.sent == [0]
+    assert access_token(herd.call()) == "t2"  # who comes later has not waited for it
+
+
+def test_a_refusal_is_shared() -> None:
+    herd = Herd(response(400, {"error": "invalid_client"}, takes=20), token("t"))
+    callers = herd.crowd(10, timeout=30) + herd.crowd(10, timeout=60, max_wait=1000)
+    herd.run()
+    assert {type(caller.outcome) for caller in callers} == {Raise}
+    assert herd.sent == [0]
+
+
+def test_who_waits_is_told_when_max_wait_is_over() -> None:
+    herd = Herd(token("t", takes=9))
+    fetches, waits, waits_not = herd.start(), herd.start(max_wait=3), herd.start(max_wait=0)
+    herd.run()
+    assert access_token(fetches.outcome) == "t"
+    assert waits.waited == pytest.approx(3)
+    assert retry_after(waits.outcome) == pytest.approx(8)  # then the turn of the other is over for certain
+    assert waits_not.waited == 0
+    assert retry_after(waits_not.outcome) == pytest.approx(11)
+
+
+def test_who_would_wait_too_long_for_the_next_try_of_another_is_told_at_once() -> None:
+    herd = Herd(*[response(429)] * 5, token("t"))
+    tries = herd.start()
+    herd.run(20)
+    assert len(herd.sent) == 5  # and the next one is due after fifteen seconds
+    waits, waits_not = herd.start(), herd.start(max_wait=5)
+    herd.run()
+    assert access_token(tries.outcome) == access_token(waits.outcome) == "t"
+    assert waits_not.waited == 0
+    assert retry_after(waits_not.outcome) > 5
+
+
+def test_who_has_more_patience_than_the_one_that_fetched_goes_on() -> None:
+    herd = Herd(*[SILENCE] * 5, token("t"))
+    hasty = herd.start(timeout=1, max_wait=60)
+    patient, as_hasty, with_less_time = herd.start(), herd.start(timeout=1, max_wait=60), herd.start(max_wait=50)
+    herd.run()
+    assert [type(caller.outcome) for caller in (hasty, as_hasty)] == [Raise, Raise]
+    assert as_hasty.ended_at == pytest.approx(hasty.ended_at, abs=0.11)
+    assert access_token(patient.outcome) == access_token(with_less_time.outcome) == "t"
+    assert [request.timeout for request in herd.requests] == [1, 1, 1, 1, 10, 10]
+
+
+def test_the_wait_for_others_counts_as_a_wait() -> None:
+    herd = Herd(SILENCE, SILENCE, response(503, Retry_After="60"))
+    first, second = herd.start(max_wait=12), herd.start(max_wait=20)
+    herd.run(10)
+    first.break_off()
+    herd.run()
+    assert herd.requests[1].left < 10.1
+    assert second.ended_at == pytest.approx(20, abs=1.2)
+
+
+def test_who_waits_takes_over_when_the_other_breaks_off() -> None:
+    herd = Herd(SILENCE, token("t"))
+    fetches, waits = herd.crowd(2)
+    herd.run(3)
+    fetches.break_off()
+    herd.run()
+    assert access_token(waits.outcome) == "t"
+    assert herd.sent == [0, pytest.approx(3, abs=0.11)]
+
+
+def test_a_caller_that_waits_may_break_off() -> None:
+    herd = Herd(token("t", takes=2))
+    fetches, waits, another = herd.crowd(3)
+    herd.run(1)
+    waits.break_off()
+    herd.run()
+    assert access_token(fetches.outcome) == access_token(another.outcome) == "t"
+    assert herd.sent == [0]
+
+
+def test_a_token_request_that_is_stuck_starves_nobody() -> None:
+    """As one may be that waits for a name look-up, which nothing can interrupt."""
+    herd = Herd(Answer(NO_ROUTE.answer, takes=30, blocks=True), token("t", takes=5))
+    stuck, *others = herd.crowd(20)
+    herd.run()
+    assert herd.sent == [0, pytest.approx(11, abs=0.11)]  # its timeout and a second
+    assert {access_token(caller.outcome) for caller in (stuck, *others)} == {"t"}
+    assert max(caller.ended_at for caller in others) == pytest.approx(16, abs=0.21)
+    assert stuck.ended_at == 30
+
+
+def test_who_lost_the_turn_waits() -> None:
+    herd = Herd(Answer(NO_ROUTE.answer, takes=12, blocks=True), token("t", takes=5))
+    callers = herd.crowd(2)
+    herd.run()
+    assert {access_token(caller.outcome) for caller in callers} == {"t"}
+    assert len(herd.sent) == 2
+
+
+def test_the_turn_lasts_through_all_pauses_and_tries() -> None:
+    herd = Herd(SILENCE, response(429, Retry_After="30"), Answer(token("t").answer, takes=9))
+    callers = herd.crowd(2)
+    herd.run()
+    assert {access_token(caller.outcome) for caller in callers} == {"t"}
+    assert len(herd.sent) == 3
+
+
+class OvertakenEndpoint(Endpoint):
+    """An endpoint at which another thread is faster, once: between a caller's look at what is known and its turn."""
+
+    other: Callable[[], None] | None = None
+
+    @property
+    def closed_until(self) -> float:
+        other, self.other = self.other, None
+        if other is not None:
+            other()
+        return self._closed_until
+
+    @closed_until.setter
+    def closed_until(self, until: float) -> None:
+        self._closed_until = until
+
+
+@pytest.mark.parametrize("answer", [token("t"), REFUSAL], ids=["a token", "a refusal"])
+def test_what_has_changed_on_the_way_to_the_turn_is_looked_at_again(answer: Answer) -> None:
+    def other() -> None:
+        fetches = herd.credentials.obtain(Call(limits()), Place("another"))
+        next(fetches)
+        with pytest.raises(StopIteration):
+            fetches.send(answer.answer)
+
+    herd, endpoint = Herd(token("needless")), OvertakenEndpoint()
+    herd.endpoint = endpoint
+    herd.credentials, endpoint.other = herd.client(), other
+    herd.call()
+    assert herd.sent == []
+
+
+def test_nobody_is_told_to_wait_without_a_last_look_at_what_others_have_brought() -> None:
+    def other() -> None:
+        herd.credentials.known = Known(FRESH)
+
+    herd, endpoint = Herd(SILENCE), OvertakenEndpoint()
+    herd.endpoint = endpoint
+    endpoint.close(herd.clock() + 1000)
+    herd.credentials, endpoint.other = herd.client(), other
+    assert access_token(herd.call()) == "fresh"
+
+
+# By hand: threads and event loops
+
+
+class Loop:
+    """An event loop."""
+
+
+def test_there_is_one_flight_among_the_threads_and_one_in_each_loop() -> None:
+    herd, loops = Herd(more=tokens(takes=2)), [Loop(), Loop()]
+    callers = [herd.start(loop=loop) for loop in (None, *loops) for _ in range(10)]
+    herd.run()
+    assert herd.sent == [0, 0, 0]
+    assert {access_token(caller.outcome) for caller in callers} <= {"t1", "t2", "t3"}
+    assert access_token(herd.call()) == "t3"
+
+
+@pytest.mark.parametrize("fault", [NO_ROUTE, REFUSAL, response(429, Retry_After="30")], ids=["down", "refused", "busy"])
+def test_who_has_failed_or_waits_takes_the_token_that_another_flight_brought(fault: Answer) -> None:
+    herd = Herd(Answer(fault.answer, takes=2), token("t", takes=1.95))
+    in_thread, waits, in_loop = herd.start(), herd.start(), herd.start(loop=Loop())
+    herd.run()
+    assert {access_token(caller.outcome) for caller in (in_thread, waits, in_loop)} == {"t"}
+    assert herd.sent == [0, 0]
+    assert max(in_thread.waited, waits.waited) < 2.1
+
+
+def test_nobody_sleeps_out_a_pause_with_a_token_beside_it() -> None:
+    herd = Herd(response(429, Retry_After="30"), token("t", takes=5))
+    in_thread, in_loop = herd.start(), herd.start(loop=Loop())
+    herd.run()
+    assert access_token(in_thread.outcome) == access_token(in_loop.outcome) == "t"
+    assert in_thread.waited < 5.11
+
+
+def test_a_token_of_another_flight_that_has_expired_when_it_arrives_is_an_outcome_too() -> None:
+    herd = Herd(SILENCE, token("t", lifetime=2, takes=4))
+    _, waits, in_loop = herd.start(), herd.start(), herd.start(loop=Loop())
+    herd.run(5)
+    assert access_token(in_loop.outcome) == access_token(waits.outcome) == "t"
+
+
+def test_what_another_flight_has_failed_at_is_no_matter_while_there_is_a_token() -> None:
+    herd = Herd(token("t"), REFUSAL)
+    callers = [herd.start(), herd.start(loop=Loop())]
+    herd.run()
+    assert [type(caller.outcome) for caller in callers] == [Use, Use]
+    assert access_token(herd.call()) == "t"
+
+
+# By hand: a call within a call, and what is left of one that was broken off
+
+
+def test_a_call_within_the_flight_of_the_same_thread_is_told_at_once() -> None:
+    """As one would be that a logging handler makes."""
+    herd = Herd(token("t", takes=5))
+    outer = herd.start(caller="thread")
+    herd.run(1)
+    inner = herd.start(caller="thread")
+    herd.run()
+    assert inner.waited == 0
+    assert isinstance(inner.outcome, TooLong)
+    assert retry_after(inner.outcome) == pytest.approx(10)  # then the turn of the outer one is over for certain
+    assert "this very call" in inner.outcome.reason
+    assert access_token(outer.outcome) == "t"
+    assert herd.sent == [0]
+
+
+def test_a_call_within_a_renewal_ahead_uses_the_old_token() -> None:
+    herd = Herd(token("t1", 100), token("t2", takes=5))
+    herd.call()
+    herd.wait(60)
+    outer = herd.start(caller="thread")
+    herd.run(61)
+    inner = herd.start(caller="thread")
+    herd.run()
+    assert (access_token(inner.outcome), inner.waited) == ("t1", 0)
+    assert access_token(outer.outcome) == "t2"
+
+
+def test_a_call_within_a_call_of_another_thread_or_loop_waits_as_others_do() -> None:
+    herd = Herd(token("t1", takes=5), token("t2", takes=5))
+    herd.start(caller="thread")
+    others = [herd.start(caller="another"), herd.start(caller="thread", loop=Loop())]
+    herd.run()
+    assert {access_token(caller.outcome) for caller in others} <= {"t1", "t2"}
+    assert herd.sent == [0, 0]
+
+
+def test_after_an_interrupt_the_same_thread_fetches_again() -> None:
+    herd = Herd(SILENCE, token("t"))
+    interrupted = herd.start(caller="thread")
+    herd.run(1)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.steps.throw(KeyboardInterrupt())
+    assert access_token(herd.call(caller="thread")) == "t"
+    assert herd.sent == [0, 1]
+
+
+# By hand: stale is not expired
+
+
+@pytest.fixture
+def stale() -> Herd:
+    """A herd whose token t1 has 30 of its 3600 seconds left; what comes next is up to the test."""
+    herd = Herd(token("t1"))
+    herd.call()
+    herd.wait(3570)
+    return herd
+
+
+def test_while_one_renews_the_others_go_on(stale: Herd) -> None:
+    stale.then(token("t2", takes=5))
+    renews, *others = stale.crowd(10)
+    stale.run(3574)
+    others += stale.crowd(10)
+    stale.wait(0)
+    assert stale.credentials.known.ahead_after == stale.clock() + 1  # until then nobody looks whose turn it is
+    stale.run()
+    assert {(access_token(caller.outcome), caller.waited) for caller in others} == {("t1", 0)}
+    assert (access_token(renews.outcome), renews.waited) == ("t2", 5)
+    assert stale.sent == [0, 3570]
+
+
+@pytest.mark.parametrize(
+    "fault", [NO_ROUTE, SILENCE, REFUSAL, response(503), response(429), response(429, Retry_After="1"), response(404)]
+)
+def test_a_renewal_ahead_that_fails_is_not_felt_and_tried_once(stale: Herd, fault: Answer) -> None:
+    stale.then(fault)
+    assert access_token(stale.call()) == "t1"
+    assert access_token(stale.call()) == "t1"
+    assert len(stale.sent) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "pauses"),
+    [(NO_ROUTE, [2, 4, 8, 16, 30, 30]), (REFUSAL, [10, 20, 40, 60, 60]), (response(404), [2, 4, 8, 16, 30, 30])],
+    ids=["down", "refused", "odd"],
+)
+def test_a_renewal_ahead_is_tried_again_after_a_growing_pause(fault: Answer, pauses: list[int]) -> None:
+    herd = Herd(token("t1", 1000), fault)
+    herd.call(leeway=300)
+    herd.wait(700)
+    while len(herd.sent) < len(pauses) + 2:
+        assert access_token(herd.call(leeway=300)) == "t1"
+        herd.wait(0.5)
+    assert [later - sooner for sooner, later in zip(herd.sent[1:], herd.sent[2:], strict=False)] == pauses
+
+
+def test_after_a_renewal_that_failed_the_next_may_succeed(stale: Herd) -> None:
+    stale.then(NO_ROUTE, token("t2"), NO_ROUTE)
+    assert access_token(stale.call()) == "t1"
+    stale.wait(2)
+    assert access_token(stale.call()) == "t2"
+    assert stale.credentials.known == Known(stale.credentials.known.token)
+
+
+def test_a_token_that_expires_while_its_renewal_fails_is_not_used(stale: Herd) -> None:
+    stale.wait(25)
+    stale.then(SILENCE, token("t2"))
+    assert access_token(stale.call()) == "t2"
+
+
+def test_an_expired_token_is_replaced_at_once_although_its_renewal_failed(stale: Herd) -> None:
+    stale.wait(29)
+    stale.then(NO_ROUTE, token("t2"))
+    assert access_token(stale.call()) == "t1"
+    stale.wait(1)
+    assert access_token(stale.call()) == "t2"
+    assert stale.sent == [0, 3599, 3600]
+
+
+def test_a_renewal_ahead_waits_for_nothing(stale: Herd) -> None:
+    stale.endpoint.close(stale.clock() + 1.5)
+    caller = stale.start()
+    stale.run()
+    assert (access_token(caller.outcome), caller.waited) == ("t1", 0)
+    assert stale.sent == [0]
+    assert 1.5 <= stale.credentials.known.ahead_after - stale.clock() < 3
+
+
+def test_a_renewal_ahead_that_is_broken_off_spoils_nothing(stale: Herd) -> None:
+    stale.then(SILENCE, token("t2"))
+    renews = stale.start()
+    goes_on = stale.start()
+    stale.wait(1)
+    assert (access_token(goes_on.outcome), goes_on.waited) == ("t1", 0)
+    renews.break_off()
+    stale.wait(0)  # a second has passed for which the other had left it to the first
+    assert access_token(stale.call()) == "t2"
+
+
+# Over real sockets
+
+
+def credentials_for(sandbox: NexusSandbox) -> Credentials:
+    secret = HiddenText(sandbox.client_secret)
+    return credentials_of(Client(sandbox.environment.token_endpoint, sandbox.client_id, secret, "api1"))
+
+
+def grow_old(sandbox: NexusSandbox, left: float) -> None:
+    """Leave the token so many seconds to live, and no more than half of its life."""
+    credentials, now = credentials_for(sandbox), time.monotonic()
+    assert credentials.known.token is not None
+    old = replace(credentials.known.token, expires_at=now + left, half_life=now - 1)
+    credentials.known = replace(credentials.known, token=old)
+
+
+def test_a_hundred_callers_at_once_cost_one_token_request_of_a_driver(driver: Driver, gated: GatedSandbox) -> None:
+    client = driver.client(driver.auth(gated))
+    calls = driver.in_background(lambda: driver.at_once([client] * 50, url(gated)))
+    gated.arrived(1)
+    time.sleep(0.05)
+    gated.gate.set()
+    assert statuses(calls.result()) == {200}
+    assert (len(gated.token_requests), len(gated.requests)) == (1, 50)
+    assert len({arrival.headers["Authorization"] for arrival in gated.requests}) == 1
+
+
+def test_a_fresh_token_is_used_without_any_lock(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.client(driver.auth(sandbox))
+    driver.get(client, url(sandbox))
+    with quota.LOCK:
+        assert driver.in_background(lambda: driver.get(client, url(sandbox))).result(10).status == 200
+
+
+def test_a_refusal_is_shared_and_each_caller_has_its_own_error(driver: Driver, gated: GatedSandbox) -> None:
+    client = driver.client(driver.auth(gated, client_secret="wrong"))
+    calls = driver.in_background(lambda: driver.at_once([client] * 30, url(gated)))
+    gated.arrived(1)
+    gated.gate.set()
+    errors: list[Any] = calls.result()
+    assert {type(error) for error in errors} == {driver.door.TokenRequestError}
+    assert {error.error for error in errors} == {"invalid_client"}
+    assert len({id(error) for error in errors}) == 30
+    assert len(gated.token_requests) == 1
+
+
+def test_who_waits_for_another_waits_no_longer_than_max_wait(driver: Driver, gated: GatedSandbox) -> None:
+    patient, hasty = (driver.client(driver.auth(gated, max_wait=max_wait)) for max_wait in (75, 0.1))
+    fetches = driver.in_background(lambda: driver.get(patient, url(gated)))
+    gated.arrived(1)
+    error = outcome(lambda: driver.get(hasty, url(gated)))
+    assert isinstance(error, driver.door.TokenWaitError)
+    assert not fetches.done()
+    gated.gate.set()
+    assert fetches.result().status == 200
+    assert len(gated.token_requests) == 1
+
+
+def test_while_one_renews_the_others_go_on_of_a_driver(driver: Driver, gated: GatedSandbox) -> None:
+    gated.gate.set()
+    client = driver.client(driver.auth(gated))
+    driver.get(client, url(gated))
+    grow_old(gated, left=30)
+    gated.gate.clear()
+    calls = driver.in_background(lambda: driver.at_once([client] * 10, url(gated)))
+    gated.wait_for(token_requests=2, requests=10)  # the first, and nine of ten
+    gated.gate.set()
+    assert statuses(calls.result()) == {200}
+    tokens = [arrival.headers["Authorization"] for arrival in gated.requests]
+    assert [token == tokens[0] for token in tokens] == [True] * 10 + [False]
+    assert len(gated.token_requests) == 2
+
+
+@pytest.mark.parametrize(
+    "fault", [{"status": 503}, {"status": 400, "json": {"error": "invalid_client"}}, {"drop": True}]
+)
+def test_a_renewal_ahead_that_fails_is_not_felt_by_a_driver(
+    driver: Driver, sandbox: NexusSandbox, fault: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    client = driver.client(driver.auth(sandbox))
+    driver.get(client, url(sandbox))
+    grow_old(sandbox, left=30)
+    sandbox.fail_token_requests(None, **fault)
+    assert statuses(driver.at_once([client] * 5, url(sandbox))) == {200}
+    assert driver.get(client, url(sandbox)).status == 200
+    assert len({arrival.headers["Authorization"] for arrival in sandbox.requests}) == 1
+    assert len(sandbox.token_requests) == 2
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "is used on" in warning
+
+
+def test_an_expired_token_is_replaced(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.client(driver.auth(sandbox))
+    driver.get(client, url(sandbox))
+    grow_old(sandbox, left=0)
+    assert driver.get(client, url(sandbox)) == (200, driver.get(client, url(sandbox)).body, [])
+    assert len(sandbox.token_requests) == 2
+
+
+def test_a_short_token_is_not_fetched_for_every_call(driver: Driver, sandbox: NexusSandbox) -> None:
+    sandbox.expires_in = 20
+    client = driver.client(driver.auth(sandbox))
+    assert {driver.get(client, url(sandbox)).status for _ in range(10)} == {200}
+    assert len(sandbox.token_requests) == 1
+
+
+@pytest.mark.parametrize("expires_in", [None, 0, "soon"])
+def test_an_odd_lifetime_is_no_reason_to_ask_for_every_call(
+    driver: Driver, sandbox: NexusSandbox, expires_in: Any
+) -> None:
+    sandbox.expires_in = expires_in
+    client = driver.client(driver.auth(sandbox))
+    assert {driver.get(client, url(sandbox)).status for _ in range(3)} == {200}
+    assert len(sandbox.token_requests) == 1
+    sandbox.revoke_tokens()
+    assert driver.get(client, url(sandbox)).status == 200
+    assert len(sandbox.token_requests) == 2
