@@ -99,7 +99,7 @@ class Credentials:
     ) -> None:
         self.client = client
         self._name = f"token endpoint {client.token_endpoint}"
-        self.known = Known()
+        self.known: Known = Known()
         self._endpoint = endpoint
         self._shared = shared
         self._clock = clock

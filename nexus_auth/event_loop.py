@@ -10,8 +10,8 @@ from .threads import start_thread
 T = TypeVar("T")
 FIRST_LOOK, LOOK = 0.001, 0.02  # seconds until a task looks again whether a thread is done: from the one to the other
 
-anyio = LateImport("anyio")  # it takes a fifth of the time that httpx takes, and blocking callers need none
-lowlevel = LateImport("anyio.lowlevel")
+anyio: LateImport = LateImport("anyio")  # it takes a fifth of the time that httpx takes, and blocking callers need none
+lowlevel: LateImport = LateImport("anyio.lowlevel")
 
 
 def here() -> Place:

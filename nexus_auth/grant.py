@@ -21,7 +21,7 @@ from .secret import HiddenText
 from .steps import MAX_BODY, Client, Failed, Response
 
 logger: logging.Logger = logging.getLogger(__package__)
-authlib_client = LateImport("authlib.oauth2.client")
+authlib_client: LateImport = LateImport("authlib.oauth2.client")
 
 TRIES = 4
 BACKOFF = 0.5  # seconds at most before the second try, doubled before each further one

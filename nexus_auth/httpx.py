@@ -44,11 +44,11 @@ class NexusAuth(HTTPXAuth[httpx.Client | httpx.AsyncClient], httpx.Auth):
 
     library: ClassVar[Any] = httpx
     library_errors: ClassVar[ModuleType] = httpx
-    library_error = httpx.RequestError
-    connection_error = httpx.ConnectError
-    timeout_error = httpx.TimeoutException
-    token_request_error = TokenRequestError
-    token_wait_error = TokenWaitError
+    library_error: ClassVar[type[Exception]] = httpx.RequestError
+    connection_error: ClassVar[type[Exception]] = httpx.ConnectError
+    timeout_error: ClassVar[type[Exception]] = httpx.TimeoutException
+    token_request_error: ClassVar[type[errors.TokenRequestError]] = TokenRequestError
+    token_wait_error: ClassVar[type[errors.TokenWaitError]] = TokenWaitError
 
 
 @overload

@@ -44,11 +44,11 @@ class NexusAuth(HTTPXAuth[httpx2.Client | httpx2.AsyncClient], httpx2.Auth):
 
     library: ClassVar[Any] = httpx2
     library_errors: ClassVar[ModuleType] = httpx2
-    library_error = httpx2.RequestError
-    connection_error = httpx2.ConnectError
-    timeout_error = httpx2.TimeoutException
-    token_request_error = TokenRequestError
-    token_wait_error = TokenWaitError
+    library_error: ClassVar[type[Exception]] = httpx2.RequestError
+    connection_error: ClassVar[type[Exception]] = httpx2.ConnectError
+    timeout_error: ClassVar[type[Exception]] = httpx2.TimeoutException
+    token_request_error: ClassVar[type[errors.TokenRequestError]] = TokenRequestError
+    token_wait_error: ClassVar[type[errors.TokenWaitError]] = TokenWaitError
 
 
 @overload

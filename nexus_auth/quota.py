@@ -93,7 +93,8 @@ class Endpoint:
     """What this process knows of a token endpoint: the permits given, and until when it wants to be left alone."""
 
     def __init__(self) -> None:
-        self.forget()
+        self.permits: Permits = Permits()
+        self.closed_until: float = 0.0
 
     def forget(self) -> None:
         """Know nothing."""
@@ -165,7 +166,7 @@ class Turn:
 
     def __init__(self) -> None:
         self.holder: Holder | None = None
-        self.owner = uuid.uuid4().hex  # of the turn that processes share: whoever takes over here has it already
+        self.owner: str = uuid.uuid4().hex  # of the turn that processes share: whoever takes over here has it already
 
     def take(self, asking: Holder, now: float) -> Holder | None:
         """Give the turn to `asking`, who may have it already; return the other who has it, and keeps it."""

@@ -67,11 +67,11 @@ class NexusAuth(BaseAuth, AuthBase):
     """
 
     library_errors: ClassVar[ModuleType] = requests.exceptions
-    library_error = requests.RequestException
-    connection_error = requests.ConnectionError
-    timeout_error = requests.Timeout
-    token_request_error = TokenRequestError
-    token_wait_error = TokenWaitError
+    library_error: ClassVar[type[Exception]] = requests.RequestException
+    connection_error: ClassVar[type[Exception]] = requests.ConnectionError
+    timeout_error: ClassVar[type[Exception]] = requests.Timeout
+    token_request_error: ClassVar[type[errors.TokenRequestError]] = TokenRequestError
+    token_wait_error: ClassVar[type[errors.TokenWaitError]] = TokenWaitError
 
     def __init__(
         self,
@@ -305,6 +305,7 @@ class NexusSession(requests.Session):
 
     __attrs__: list[str] = [*requests.Session.__attrs__, "base_url", "lends_itself"]  # noqa: RUF012
     base_url: str
+    auth: Any  # as requests has it
     lends_itself: bool = False
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:

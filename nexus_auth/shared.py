@@ -49,7 +49,7 @@ class Shared:
         endpoint = hashlib.sha256(client.token_endpoint.encode()).hexdigest()
         self._quota, self._closed = f"quota:{endpoint}", f"closed:{endpoint}"
         self._health = _health_of(store)
-        self.is_prepared = False
+        self.is_prepared: bool = False
 
     def prepare(self) -> bool:
         """Make the keys to what is in the store: it needs no store, but its time where many processes start at once."""

@@ -145,13 +145,13 @@ class NexusSandbox:
         if client_secret is None:
             client_secret = secrets.token_urlsafe(24)
         _document("expires_in", expires_in)
-        self.client_id = _text("client_id", client_id)
-        self.client_secret = _text("client_secret", client_secret)
+        self.client_id: str = _text("client_id", client_id)
+        self.client_secret: str = _text("client_secret", client_secret)
         self.clients: dict[str, str] = {client_id: client_secret}
         self.expires_in = expires_in
-        self.scopes = _single_scopes(scopes)
-        self.limit = _integer("limit", limit)
-        self.gate = threading.Event()
+        self.scopes: tuple[str, ...] = _single_scopes(scopes)
+        self.limit: int = _integer("limit", limit)
+        self.gate: threading.Event = threading.Event()
         self.gate.set()
         self.token_requests: list[Arrival] = []
         self.requests: list[Arrival] = []

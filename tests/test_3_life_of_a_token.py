@@ -375,7 +375,7 @@ class OvertakenEndpoint(Endpoint):
         return self._closed_until
 
     @closed_until.setter
-    def closed_until(self, until: float) -> None:
+    def closed_until(self, until: float) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self._closed_until = until
 
 
