@@ -114,57 +114,6 @@ def called_at(moment: int, function: Callable[[], object]) -> Generator[list[int
         sys.settrace(before)
 
 
-def raising(error: BaseException) -> Callable[[], None]:
-    def function() -> None:
-        raise error
-
-    return function
-
-
-def cold(nexus: Nexus, get: Callable[[], Any]) -> None:
-    pass
-
-
-def about_to_expire(nexus: Nexus, get: Callable[[], Any]) -> None:
-    get()
-    grow_old(FAR, "id", "s3cret", left=30)
-
-
-def refused(nexus: Nexus, get: Callable[[], Any]) -> None:
-    get()
-    nexus.revoke()
-
-
-@on_blocking
-@pytest.mark.parametrize("prepare", [cold, about_to_expire, refused])
-@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_exception_passes_through_at_any_moment(
-    driver: Driver, prepare: Callable[[Nexus, Callable[[], Any]], None], step: int
-) -> None:
-    """It is not taken for a fault of the network, and leaves nothing behind that would hold up the next call."""
-    nexus, moment = Nexus(), 0
-    client = driver.client_without_network(nexus.answer)
-    client.auth = driver.door.NexusAuth("id", "s3cret", FAR, max_wait=0.5, **driver.lend(client))
-    get = partial(driver.get, client, CUSTOMER)
-    for moment in itertools.count(1, step):
-        forget_tokens()
-        prepare(nexus, get)
-        error = SoftLimit() if moment % 2 else HardLimit()
-        with called_at(moment, raising(error)) as count:
-            try:
-                get()
-            except (SoftLimit, HardLimit) as raised:
-                is_through = raised is error
-            else:
-                is_through = False
-        if count[0] < moment:
-            break
-        assert is_through, f"lost at line {moment}"
-        # By another thread: a lock that this one has left behind would not hold up itself.
-        assert driver.in_background(get).result(timeout=5).status == 200, f"held up after line {moment}"
-    assert moment > 200
-
-
 class SlowStore:
     """A store that keeps nothing, and takes some seconds over it."""
 
