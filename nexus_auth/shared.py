@@ -72,10 +72,12 @@ class Shared:
                 return news
             turn = self._seal.name("turn")
             turn_in = _seconds(self._store.acquire(turn, owner, 1, hold))
-            # Once more: whoever had the turn may have left a token after the first look.
-            news = self._new_token(known) or self._hindrance(concerns)
-            if news and not turn_in:
-                self._store.release(turn, owner, 0.0)
+            news = self._hindrance(concerns)
+            if not turn_in:
+                # Whoever had the turn may have left a token after the first look.
+                news = self._new_token(known) or news
+                if news:
+                    self._store.release(turn, owner, 0.0)
             return news or News(turn_in=turn_in)
 
         return self._health.call(look, News(), self._clock)

@@ -339,6 +339,9 @@ def test_what_takes_just_as_long_as_max_wait_is_waited_for() -> None:
     herd.endpoint.close(herd.clock() + 5)
     assert access_token(herd.call(max_wait=5)) == "t"
     assert herd.sent == [5]
+    herd = Herd(response(429, Retry_After="5"), token("t"))
+    assert isinstance(herd.call(max_wait=5), TooLong)  # but no further token request starts then
+    assert herd.sent == [0]
 
 
 def test_callers_come_back_at_different_moments() -> None:
@@ -422,13 +425,14 @@ def test_a_flight_that_pauses_learns_that_the_endpoint_is_closed_meanwhile() -> 
 
 
 @pytest.mark.parametrize(("value", "seconds"), [("76", 76), ("86400", 3600), ("Fri, 31 Dec 9999 23:59:59 GMT", 3600)])
-def test_what_is_longer_than_max_wait_is_said_at_once(value: str, seconds: float) -> None:
+def test_what_is_longer_than_max_wait_is_said_at_once(value: str, seconds: float, log: Log) -> None:
     herd = Herd(response(429, Retry_After=value))
     caller = herd.start()
     herd.run()
     assert (caller.waited, len(herd.sent)) == (0, 1)
     assert isinstance(caller.outcome, TooLong)
     assert retry_after(caller.outcome) == pytest.approx(seconds)
+    assert log() == []  # no next try is promised
 
 
 def test_what_is_left_of_max_wait_counts() -> None:

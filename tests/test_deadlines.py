@@ -21,12 +21,14 @@ from typing import Any
 import anyio
 import pytest
 import trustme
+import urllib3
 from conftest import INSTALLED, Driver, outcome
 
 from nexus_auth import Environment, TokenRequestError, _httpx_flow, grant
 from nexus_auth.testing import NexusSandbox
 from nexus_auth.threads import cut_off_at
 
+NO_READ1 = not hasattr(urllib3.HTTPResponse, "read1")
 TIMEOUT = 0.6
 SOON, TOO_LATE = 0.4, 0.5  # seconds, both of which are less than TIMEOUT, and together more: a token comes after these
 TOKEN = b'{"access_token": "t", "token_type": "Bearer"}'
@@ -452,6 +454,7 @@ def test_what_has_no_socket_is_not_cut_off(connection: Any) -> None:
         pass
 
 
+@pytest.mark.skipif(NO_READ1, reason="urllib3 1.26 cannot return what has come so far: there the cut alone helps")
 def test_without_a_thread_the_deadline_is_looked_at_all_the_same(
     doors: list[Driver], serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

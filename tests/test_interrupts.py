@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import linecache
 import logging
+import random
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -215,6 +216,47 @@ def raised_by_signals(error: type[BaseException]) -> Generator[None, None, None]
         is_over.set()
         sender.join()
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no such timer here")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where it comes in a `__del__`
+@on_blocking
+def test_a_signal_at_any_moment_leaves_nothing_locked(driver: Driver) -> None:
+    """Whatever the call is about: it may fetch, renew ahead of expiry or after a 401, or judge an answer."""
+    nexus, raised = Nexus(), 0
+    client = driver.client_without_network(nexus.answer)
+    client.auth = driver.door.NexusAuth("id", "s3cret", FAR, max_wait=0.5, **driver.lend(client))
+    get = partial(driver.get, client, CUSTOMER)
+    beginnings = itertools.cycle([forget_tokens, nexus.revoke, partial(grow_old, FAR, "id", "s3cret", left=30)])
+    get()
+    for begin, _ in zip(beginnings, range(240), strict=False):
+        begin()
+        with raised_after(random.uniform(1e-5, 1.5e-3)), suppress(SoftLimit):
+            get()
+            raised -= 1
+        raised += 1
+        # By another thread: a lock that this one has left behind would not hold up itself.
+        assert driver.in_background(get).result(timeout=5).status == 200
+    assert raised > 10
+
+
+@contextmanager
+def raised_after(seconds: float) -> Generator[None, None, None]:
+    """Raise `SoftLimit` from the handler of a timer's signal, unless the block has ended by then."""
+    is_over = False
+
+    def handle(*_: object) -> None:
+        if not is_over:
+            raise SoftLimit
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        is_over = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @on_blocking

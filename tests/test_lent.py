@@ -569,12 +569,16 @@ def test_verify_false_is_its_owners_choice(driver: Driver, secured: NexusSandbox
 
 
 @ON_HTTPX
+@pytest.mark.usefixtures("quick_retries")
+@pytest.mark.filterwarnings("ignore:Async generator 'http:ResourceWarning")  # httpx leaves those of its own to trio
 def test_one_connection_is_enough(driver: Driver, sandbox: NexusSandbox) -> None:
-    """That of a 401 is free before a token is asked for through the same client."""
-    client = driver.ready_made(sandbox, limits=driver.library.Limits(max_connections=1), timeout=2)
+    """That of a 401, and that of an answer which is not read to its end, are free before anything else is sent."""
+    client = driver.ready_made(sandbox, limits=driver.library.Limits(max_connections=1), timeout=5)
+    sandbox.fail_token_requests(status=503, body="x" * 2**21)
     driver.get(client, "/customer")
     sandbox.revoke_tokens()
     assert driver.get(client, "/customer").status == 200
+    assert len(sandbox.token_requests) == 3
 
 
 def test_a_dropped_client_is_freed_at_once(driver: Driver, sandbox: NexusSandbox) -> None:

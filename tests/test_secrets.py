@@ -354,14 +354,11 @@ def as_python_shows(error: BaseException) -> str:
 
 
 def as_rich_shows(error: BaseException) -> str:
-    pytest.importorskip("rich")
-    from rich.console import Console
-    from rich.traceback import Traceback
-
-    console = Console(file=io.StringIO(), width=400)
-    trace: dict[str, Any] = {"show_locals": True, "locals_max_string": 400, "max_frames": 200, "width": 400}
-    console.print(Traceback.from_exception(type(error), error, error.__traceback__, **trace))
-    return str(console.file.getvalue())  # type: ignore[attr-defined]
+    screen = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=400)
+    options = {"show_locals": True, "locals_max_string": 400, "max_frames": 200, "width": 400}
+    kind = pytest.importorskip("rich.traceback").Traceback
+    screen.print(kind.from_exception(type(error), error, error.__traceback__, **options))
+    return str(screen.file.getvalue())
 
 
 def as_sentry_collects(error: BaseException) -> str:
