@@ -184,7 +184,7 @@ class BaseAuth(ABC):
             yield status_codes
         finally:
             if call.renewed is not None:
-                self._credentials.judge(call.renewed, status_codes[0] if status_codes else None)
+                self._credentials.replayed(call.renewed, status_codes[0] if status_codes else None)
 
     def _say_no_token_sent(self, url: object) -> None:
         logger.debug("no token sent to %s: not of environment %s", url, self.environment.name)

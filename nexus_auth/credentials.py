@@ -44,6 +44,7 @@ T = TypeVar("T")
 FIRST_LOOK, LOOK = 0.01, 0.1  # seconds until a caller that waits looks again: from the one to the other
 FIRST_SHARED_LOOK, SHARED_LOOK = 0.05, 1.0  # the same, for a look into a store
 STORE_LIMIT = 2.0  # seconds for one look into a store, which counts as out of order after that
+STORE_TIME = 2 * STORE_LIMIT  # seconds that may pass with a store between the turn and the token request
 PREPARE_LIMIT = 10.0  # seconds for the keys to what is in it, which takes so long only beside many other processes
 AHEAD_PAUSE = 1.0  # seconds without a renewal ahead of expiry, while another caller makes one
 TURN_MARGIN = 1.0  # seconds that a turn lasts longer than its token request should
@@ -133,18 +134,22 @@ class Credentials:
         return attempt.steps
 
     def is_on_trial(self, token: Token) -> bool:
-        """Tell whether the first answer to `token` is waited for: whether its renewal has helped."""
+        """Tell whether an answer to `token` may say whether its renewal has helped."""
         return self.known.renewals.on_trial == token.access_token
 
     def answered(self, access_token: str, status_code: int) -> None:
         """Learn what the API answered to a call with `access_token`."""
         if self.known.renewals.on_trial == access_token:
-            self.judge(access_token, status_code)
+            self._judge(access_token, status_code, of_replay=False)
 
-    def judge(self, access_token: str, status_code: int | None) -> None:
+    def replayed(self, access_token: str, status_code: int | None) -> None:
         """Learn what the API answered to the replay of a call that had the token renewed; None: nothing."""
-        self._change(lambda known: judged(known, access_token, status_code, self._clock()))
-        if status_code == 401:
+        self._judge(access_token, status_code, of_replay=True)
+
+    def _judge(self, access_token: str, status_code: int | None, *, of_replay: bool) -> None:
+        is_news = self.known.renewals.on_trial == access_token
+        self._change(lambda known: judged(known, access_token, status_code, self._clock(), of_replay=of_replay))
+        if status_code == 401 and is_news:
             message = "%s: the API refuses the new token of client %r too (401). Check base_url and what it may do."
             logger.warning(message, self._name, self.client.client_id)
 
@@ -162,6 +167,10 @@ class Credentials:
         call.begun_at = self._clock()
         try:
             decision = yield from self._approach(call, attempt)
+            if self._shared is not None and not isinstance(decision, Use):
+                yield from self._look_for_token(self._shared, call, attempt)
+                again = decide(self.known, self._clock(), call, attempt.refused)
+                decision = again if isinstance(again, Use) else decision
             if attempt.has_shared_turn and self._shared is not None and attempt.turn.is_of(attempt.steps):
                 shared = self._shared
                 yield from self._in_store(lambda: shared.give_back_turn(attempt.turn.owner), False)
@@ -226,7 +235,8 @@ class Credentials:
         if pause and pause.until > call.deadline:
             return pause  # whoever fetches: it is told at once
         sends_at = pause.until if pause else now
-        holder = Holder(attempt.caller, attempt.steps, sends_at, sends_at + call.limits.timeout + TURN_MARGIN)
+        hold = call.limits.timeout + TURN_MARGIN + (0 if self._shared is None else STORE_TIME)
+        holder = Holder(attempt.caller, attempt.steps, sends_at, sends_at + hold)
         if other := attempt.turn.take(holder, now):
             return _wait_for(other, call, attempt, now)
         if pause is None and now >= call.deadline and call.token_requests:
@@ -251,20 +261,14 @@ class Credentials:
         def concerns(failure: Failure) -> bool:
             return fallback is not None or failure.holds_for(call, self._clock())
 
-        if not shared.is_prepared:
-            yield CallStore(shared.prepare, PREPARE_LIMIT)
-        token = self.known.token
-        familiar = {attempt.refused, token.access_token if token else None}
+        familiar = yield from self._familiar(shared, attempt)
         look = functools.partial(shared.look, attempt.turn.owner, call.limits.timeout + TURN_MARGIN, familiar, concerns)
         news: News | None = yield from self._in_store(look, None)
         now = self._clock()
         if news is None:
             return None
         if news.token is not None:
-            new = news.token
-            self._change(lambda known: landed(known, new, call, now, attempt.refused))
-            if attempt.refused is not None:
-                call.renewed = new.access_token  # its replay says whether the renewal of the other has helped
+            self._land_shared(news.token, call, attempt)
             return LOOK_AGAIN
         if news.failure is not None:
             failure = news.failure
@@ -279,6 +283,27 @@ class Credentials:
         attempt.shared_looks += 1
         look_after = min(SHARED_LOOK, FIRST_SHARED_LOOK * 1.5**attempt.shared_looks)
         return Wait(now, now + news.turn_in, "is being asked by another process", look_after)
+
+    def _look_for_token(self, shared: "Shared", call: Call, attempt: Attempt) -> Steps[None]:
+        """Keep the token that another process has brought meanwhile: no call ends without one that is there."""
+        familiar = yield from self._familiar(shared, attempt)
+        news: News | None = yield from self._in_store(functools.partial(shared.look_for_token, familiar), None)
+        if news is not None and news.token is not None:
+            self._land_shared(news.token, call, attempt)
+
+    def _familiar(self, shared: "Shared", attempt: Attempt) -> Steps[set[str | None]]:
+        """Return the access tokens that are no news, once what is in the store can be read."""
+        if not shared.is_prepared:
+            yield CallStore(shared.prepare, PREPARE_LIMIT)
+        token = self.known.token
+        return {attempt.refused, token.access_token if token else None}
+
+    def _land_shared(self, token: Token, call: Call, attempt: Attempt) -> None:
+        """Keep a token of another process."""
+        now = self._clock()
+        self._change(lambda known: landed(known, token, call, now, attempt.refused))
+        if attempt.refused is not None:
+            call.renewed = token.access_token  # its replay says whether the renewal of the other has helped
 
     def _permit(self, call: Call, attempt: Attempt) -> Steps["Wait | None"]:
         """Return the wait for a permit of the quota; None: one is held."""

@@ -92,7 +92,8 @@ class Renewals:
     pause: float = 0.0  # the last one
     after: float = 0.0  # none before this moment
     unrepeatable_after: float = 0.0  # none before this moment for a request that cannot be sent again
-    on_trial: str | None = None  # the access token whose first answer tells whether its renewal helped
+    on_trial: str | None = None  # the access token of a renewal of which is not known yet whether it helped
+    has_replay: bool = False  # whether its replay tells; else the first answer to that token does
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,8 @@ def landed(known: Known, token: Token, call: Call, now: float, refused: str | No
         return after
     if token.access_token == refused:
         return fruitless(after, now)
-    if call.repeatable and not call.insists:
-        return after  # its replay will tell
-    renewals = replace(known.renewals, on_trial=token.access_token)
+    has_replay = call.repeatable and not call.insists
+    renewals = replace(known.renewals, on_trial=token.access_token, has_replay=has_replay)
     if not call.repeatable:
         renewals = replace(renewals, unrepeatable_after=now + UNREPEATABLE_PAUSE)
     return replace(after, renewals=renewals)
@@ -204,18 +204,21 @@ def told(known: Known, failure: Failure) -> Known:
     return replace(known, failure=failure, ahead_after=failure.until)
 
 
-def judged(known: Known, access_token: str, status_code: int | None, now: float) -> Known:
+def judged(known: Known, access_token: str, status_code: int | None, now: float, *, of_replay: bool) -> Known:
     """Return what is known after the API answered to `access_token`, which a renewal had brought; None: it did not.
 
-    Only the newest token says whether its renewal helped. Without an answer the next call with that token will tell.
+    Only the newest token says whether its renewal helped. Without an answer to its replay the next call tells.
     """
+    renewals = known.renewals
     if known.token is None or known.token.access_token != access_token:
         return known
     if status_code is None:
-        return replace(known, renewals=replace(known.renewals, on_trial=access_token))
+        return replace(known, renewals=replace(renewals, has_replay=False))
+    if renewals.has_replay and not of_replay and not (status_code == 401 and renewals.pause):
+        return known  # unless renewals have not helped before: then there is no need to wait for the replay
     if status_code == 401:
-        return fruitless(known, now)
-    return replace(known, renewals=replace(known.renewals, pause=0.0, after=0.0, on_trial=None))
+        return fruitless(known, now) if renewals.on_trial == access_token else known  # once for each renewal
+    return replace(known, renewals=replace(renewals, pause=0.0, after=0.0, on_trial=None))
 
 
 def fruitless(known: Known, now: float) -> Known:

@@ -82,6 +82,10 @@ class Shared:
 
         return self._health.call(look, News(), self._clock)
 
+    def look_for_token(self, known: Collection[str | None]) -> News:
+        """Return a token that others have left, if there is one that is not `known`."""
+        return self._health.call(lambda: self._new_token(known) or News(), News(), self._clock)
+
     def _new_token(self, known: Collection[str | None]) -> News | None:
         token = self._get("token", _token_from_json)
         return News(token=token) if token is not None and token.access_token not in known else None

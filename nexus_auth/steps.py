@@ -49,7 +49,7 @@ class SendTokenRequest:
 
 @dataclass(frozen=True)
 class CallStore:
-    """Call `function`, which blocks on a store, in a thread of its own; it raises nothing.
+    """Call `function`, which blocks on a store, in a thread of its own; it raises nothing, and never returns None.
 
     Sent back: what it returns, or None if that takes longer than `limit` seconds.
     """

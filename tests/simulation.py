@@ -392,7 +392,7 @@ class Caller:
             return replay
         finally:
             if call.renewed is not None and not insists:
-                self.credentials.judge(call.renewed, replay)
+                self.credentials.replayed(call.renewed, replay)
 
     def _obtain(self, call: Call, refused: str | None = None) -> Life[Decision]:
         """Perform the steps to a token, as drivers do."""

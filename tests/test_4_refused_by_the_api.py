@@ -108,15 +108,16 @@ def test_the_end_of_a_call_whose_budget_is_spent(
     assert over(call, NOW, refused, retry_at, "why") == end
 
 
-PAUSED = Renewals(pause=4, after=NOW + 4, unrepeatable_after=NOW + 9, on_trial="x")
+PAUSED = Renewals(pause=4, after=NOW + 4, unrepeatable_after=NOW + 9, on_trial="x", has_replay=True)
+TRIED = Renewals(unrepeatable_after=NOW + 9, on_trial="new", has_replay=True)
 
 
 @pytest.mark.parametrize(
     ("call", "renewals"),
     [
-        (a_call(), PAUSED),  # its replay will tell
-        (a_call(repeatable=False), replace(PAUSED, on_trial="new", unrepeatable_after=NOW + 10)),
-        (a_call(insists=True), replace(PAUSED, on_trial="new")),
+        (a_call(), replace(PAUSED, on_trial="new")),
+        (a_call(repeatable=False), replace(PAUSED, on_trial="new", has_replay=False, unrepeatable_after=NOW + 10)),
+        (a_call(insists=True), replace(PAUSED, on_trial="new", has_replay=False)),
     ],
 )
 def test_what_is_known_after_a_renewal(call: Call, renewals: Renewals) -> None:
@@ -140,23 +141,44 @@ def test_a_pause_without_renewals_doubles_from_one_second_to_sixty() -> None:
     assert known == Known(NEW, renewals=Renewals(60, NOW + 60, NOW + 9, None))
 
 
+HELPED = Renewals(0, 0, NOW + 9, None, has_replay=True)
+NOT_HELPED = Renewals(1, NOW + 1, NOW + 9, None, has_replay=True)
+NO_REPLAY = replace(TRIED, has_replay=False)
+PAUSED_BEFORE = replace(TRIED, pause=4, after=NOW - 1)
+COUNTED = replace(NOT_HELPED, after=NOW + 0.5)
+
+
 @pytest.mark.parametrize(
-    ("access_token", "status", "renewals"),
+    ("before", "access_token", "status", "of_replay", "after"),
     [
-        ("new", 401, Renewals(8, NOW + 8, NOW + 9, None)),
-        ("new", 200, Renewals(0, 0, NOW + 9, None)),
-        ("new", 500, Renewals(0, 0, NOW + 9, None)),
-        ("new", 403, Renewals(0, 0, NOW + 9, None)),
-        ("new", None, Renewals(4, NOW + 4, NOW + 9, "new")),  # the next answer to it will tell
-        ("old", 401, PAUSED),  # only the newest token says whether its renewal has helped
-        ("old", 200, PAUSED),
-        ("old", None, PAUSED),
+        (TRIED, "new", 401, True, NOT_HELPED),
+        (TRIED, "new", 200, True, HELPED),
+        (TRIED, "new", 500, True, HELPED),
+        (TRIED, "new", 403, True, HELPED),
+        (TRIED, "new", None, True, NO_REPLAY),
+        (PAUSED_BEFORE, "new", 401, True, replace(NOT_HELPED, pause=8, after=NOW + 8)),
+        (PAUSED_BEFORE, "new", 200, True, HELPED),
+        (COUNTED, "new", 401, True, COUNTED),
+        (COUNTED, "new", 200, True, HELPED),
+        # Another call's: the replay will tell, unless there is none, or renewals have not helped before.
+        (TRIED, "new", 401, False, TRIED),
+        (TRIED, "new", 200, False, TRIED),
+        (PAUSED_BEFORE, "new", 200, False, PAUSED_BEFORE),
+        (PAUSED_BEFORE, "new", 401, False, replace(NOT_HELPED, pause=8, after=NOW + 8)),
+        (NO_REPLAY, "new", 401, False, replace(NOT_HELPED, has_replay=False)),
+        (NO_REPLAY, "new", 200, False, replace(HELPED, has_replay=False)),
+        # Only the newest token says whether its renewal has helped.
+        (TRIED, "old", 401, True, TRIED),
+        (TRIED, "old", 200, True, TRIED),
+        (TRIED, "old", None, True, TRIED),
     ],
 )
-def test_what_an_answer_says_of_a_renewal(access_token: str, status: int | None, renewals: Renewals) -> None:
-    known = Known(NEW, FAILURE, NOW + 1, PAUSED)
-    assert judged(known, access_token, status, NOW) == replace(known, renewals=renewals)
-    assert judged(Known(), access_token, status, NOW) == Known()
+def test_what_an_answer_says_of_a_renewal(
+    before: Renewals, access_token: str, status: int | None, of_replay: bool, after: Renewals
+) -> None:
+    known = Known(NEW, FAILURE, NOW + 1, before)
+    assert judged(known, access_token, status, NOW, of_replay=of_replay) == replace(known, renewals=after)
+    assert judged(Known(), access_token, status, NOW, of_replay=of_replay) == Known()
 
 
 def test_a_failure_is_no_matter_of_renewals() -> None:
@@ -184,7 +206,7 @@ def a_401(herd: Herd, *, replay: int | None = 200, **fields: Any) -> str | None:
         return None
     renewed = decision.token.access_token
     assert renewed == call.renewed != refused
-    herd.credentials.judge(renewed, replay)
+    herd.credentials.replayed(renewed, replay)
     return renewed
 
 
@@ -281,14 +303,27 @@ def test_of_a_renewal_its_own_replay_tells(herd: Herd) -> None:
     call = Call(limits())
     herd.call("t1", call=call)
     herd.credentials.answered("t2", 401)
-    herd.credentials.judge("t2", 200)
+    herd.credentials.replayed("t2", 200)
     assert isinstance(herd.call("t2"), Use)
+
+
+def test_while_renewals_do_not_help_no_replay_is_waited_for(herd: Herd) -> None:
+    """Else every caller that is refused before the replay is answered would renew once more."""
+    a_401(herd, replay=401)
+    herd.wait(1)
+    herd.call("t2", call=Call(limits()))
+    herd.credentials.answered("t3", 401)
+    assert isinstance(herd.call("t3"), GiveUp)
+    herd.credentials.replayed("t3", 401)  # counts no second time
+    assert herd.credentials.known.renewals.pause == 2
+    herd.wait(2)
+    assert access_token(herd.call("t3")) == "t4"
 
 
 def test_the_answer_to_an_older_token_says_nothing_of_the_newest(herd: Herd) -> None:
     herd.call("t1")
     herd.call("t2")
-    herd.credentials.judge("t2", 401)
+    herd.credentials.replayed("t2", 401)
     assert access_token(herd.call("t3")) == "t4"
 
 
@@ -301,7 +336,7 @@ def test_what_another_thread_learns_at_the_same_moment_is_not_lost() -> None:
 
     credentials = Credentials(CLIENT, Endpoint(), clock=clock)
     credentials.known = Known(OLD)
-    credentials.judge("old", 401)
+    credentials.replayed("old", 401)
     assert credentials.known == learnt
 
 

@@ -294,11 +294,11 @@ def test_401s_to_what_cannot_be_sent_again_cost_one_renewal_in_ten_seconds() -> 
 # What an hour costs
 
 
-def token_requests_of_an_hour(mood: Mood, secret: str = "right", callers: int = 200, **options: Any) -> int:
+def token_requests_of_an_hour(mood: Mood, secret: str = "right", pause: float = 60, **options: Any) -> int:
     world = World(mood=mood)
     process = Process(world)
-    for _ in range(callers):
-        Caller(process, client(secret=secret), **options).start(math.inf, pause=60)
+    for _ in range(200):
+        Caller(process, client(secret=secret), **options).start(math.inf, pause=pause)
     world.run(HOUR)
     return len(world.sent)
 
@@ -316,6 +316,11 @@ def test_an_hour_of_trouble_costs_200_callers_few_token_requests(
     mood: Mood, secret: str, least: int, most: int
 ) -> None:
     assert least <= token_requests_of_an_hour(mood, secret) <= most
+
+
+@pytest.mark.slow
+def test_an_hour_of_401s_costs_no_more_where_calls_are_many() -> None:
+    assert token_requests_of_an_hour(Mood(api_refuses_all=True), pause=5) <= 100
 
 
 def test_an_hour_of_401s_to_what_cannot_be_sent_again_costs_few_token_requests() -> None:
@@ -371,6 +376,21 @@ def test_a_wrong_secret_costs_70_processes_one_token_request_for_each_pause() ->
     sent_at = [request.sent_at for request in world.sent]
     assert all(later - sooner > 10 for sooner, later in pairwise(sent_at))
     assert len(sent_at) <= 20
+
+
+def test_no_call_ends_without_the_token_that_another_process_has_brought() -> None:
+    world = World(has_store=True)
+    brings, told = Process(world), Process(world)
+    Caller(brings, CLIENTS[0]).start()
+    world.run(5)
+    world.mood = Mood(status=429, retry_after=3000)
+    other = Caller(told, CLIENTS[1]).start()  # it closes the endpoint to all calls of its process
+    world.run(5)
+    caller = Caller(told, CLIENTS[0]).start()
+    world.run(5)
+    assert outcomes([other]) == {TooLong: 1}
+    assert outcomes([caller]) == {200: 1}
+    assert len(world.sent) == 2
 
 
 def test_retry_after_closes_the_endpoint_for_all_processes() -> None:
