@@ -239,7 +239,7 @@ def test_a_signal_at_any_moment_leaves_nothing_locked(driver: Driver) -> None:
         with suppress(SoftLimit), raised_after(random.uniform(1e-5, 1.5e-3)):
             get()
             undisturbed += 1
-        driver.in_background(fetch).result(timeout=5)  # a lock that this thread has left behind would not hold up itself
+        driver.in_background(fetch).result(timeout=5)  # a lock that is left behind would not hold up this thread
     assert undisturbed < 230
 
 
