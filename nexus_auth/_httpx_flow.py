@@ -10,7 +10,6 @@ import ssl
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
 from .auth import BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env
@@ -22,6 +21,7 @@ from .secret import hidden, leaving_no_locals
 from .steps import MAX_BODY, CallStore, Failed, Response, SendTokenRequest, Sleep, Steps
 from .threads import cut_off_at, result_of, start_thread
 from .token import Token
+from .value import Value
 
 LEAST_LIMIT = 1.0  # seconds that a token request is given in any case
 AT_ONCE = 0.001  # seconds: a timeout of 0 would be none
@@ -306,8 +306,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
 
 
-@dataclass(frozen=True)
-class Sender:
+class Sender(Value):
     """The function that sends a token request, None for that of a client of its own.
 
     One that `may_repeat` it goes through a transport of others, which may retry and wait by itself.
@@ -340,8 +339,7 @@ def _timed_out(seconds: float) -> Failed:
     return Failed("ReadTimeout", f"there was no whole answer in {seconds:.1f} s", timed_out=True)
 
 
-@dataclass(frozen=True)
-class Body:
+class Body(Value):
     """The body of a request, and where its files stood before it was sent; None for files: it cannot be sent again."""
 
     files: tuple[tuple[Any, int], ...] | None

@@ -4,15 +4,16 @@ A call whose token is fresh takes it, without any lock. Else one caller fetches,
 every now and then whether it has brought a token: one among all threads, and one in each event loop.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
 import math
 import os
 import time
-import uuid
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from .grant import Fault, FaultKind, Grant, Pause, judge, logger, pause_after
@@ -32,9 +33,10 @@ from .known import (
     over,
     told,
 )
-from .quota import KEEP, LIMIT, LOCK, Endpoint, Holder, Place, Turn
+from .quota import KEEP, LIMIT, LOCK, Endpoint, Holder, Place, Turn, new_owner
 from .steps import CallStore, Client, SendTokenRequest, Sleep, Steps
 from .token import Token
+from .value import Value, replace
 
 if TYPE_CHECKING:
     from .shared import News, Shared
@@ -51,13 +53,7 @@ TURN_MARGIN = 1.0  # seconds that a turn lasts longer than its token request sho
 KEPT = 1024  # API clients whose token is kept while no auth object holds it
 
 
-def new_owner() -> str:
-    """Return an owner of a permit or turn that nobody else has."""
-    return uuid.uuid4().hex
-
-
-@dataclass(frozen=True)
-class Wait:
+class Wait(Value):
     """What a call waits for before it may send a token request."""
 
     until: float  # the least that it can take
@@ -69,7 +65,7 @@ class Wait:
 LOOK_AGAIN = Wait(0.0, 0.0, "", 0.0)  # something has changed: it is to be decided anew
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Attempt:
     """What one call has done so far to fetch a token itself, in place of one that was `refused`."""
 
@@ -94,7 +90,7 @@ class Credentials:
         self,
         client: Client,
         endpoint: Endpoint,
-        shared: "Shared | None" = None,
+        shared: Shared | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -213,7 +209,7 @@ class Credentials:
 
     def _clearance(
         self, call: Call, attempt: Attempt, known: Known, fallback: Token | None
-    ) -> Steps["Wait | None"]:
+    ) -> Steps[Wait | None]:
         """Return what `call` has to wait for before it may send a token request; None: it has turn and permit."""
         wait = self._turn(call, attempt)
         if wait is None and self.known is not known:
@@ -254,8 +250,8 @@ class Credentials:
         return Wait(attempt.sends_at, attempt.sends_at, attempt.reason, min(LOOK, attempt.sends_at - now))
 
     def _shared_turn(
-        self, shared: "Shared", call: Call, attempt: Attempt, fallback: Token | None
-    ) -> Steps["Wait | None"]:
+        self, shared: Shared, call: Call, attempt: Attempt, fallback: Token | None
+    ) -> Steps[Wait | None]:
         """Return the wait for the turn that processes share, after a look at what they have left; None: it is ours."""
 
         def concerns(failure: Failure) -> bool:
@@ -284,14 +280,14 @@ class Credentials:
         look_after = min(SHARED_LOOK, FIRST_SHARED_LOOK * 1.5**attempt.shared_looks)
         return Wait(now, now + news.turn_in, "is being asked by another process", look_after)
 
-    def _look_for_token(self, shared: "Shared", call: Call, attempt: Attempt) -> Steps[None]:
+    def _look_for_token(self, shared: Shared, call: Call, attempt: Attempt) -> Steps[None]:
         """Keep the token that another process has brought meanwhile: no call ends without one that is there."""
         familiar = yield from self._familiar(shared, attempt)
         news: News | None = yield from self._in_store(functools.partial(shared.look_for_token, familiar), None)
         if news is not None and news.token is not None:
             self._land_shared(news.token, call, attempt)
 
-    def _familiar(self, shared: "Shared", attempt: Attempt) -> Steps[set[str | None]]:
+    def _familiar(self, shared: Shared, attempt: Attempt) -> Steps[set[str | None]]:
         """Return the access tokens that are no news, once what is in the store can be read."""
         if not shared.is_prepared:
             yield CallStore(shared.prepare, PREPARE_LIMIT)
@@ -305,7 +301,7 @@ class Credentials:
         if attempt.refused is not None:
             call.renewed = token.access_token  # its replay says whether the renewal of the other has helped
 
-    def _permit(self, call: Call, attempt: Attempt) -> Steps["Wait | None"]:
+    def _permit(self, call: Call, attempt: Attempt) -> Steps[Wait | None]:
         """Return the wait for a permit of the quota; None: one is held."""
         now, look, hold = self._clock(), LOOK, call.limits.timeout + KEEP
         if self._shared is not None:
@@ -406,12 +402,12 @@ def _wait_for(other: Holder, call: Call, attempt: Attempt, now: float) -> Wait:
     return Wait(max(now, other.sends_at), other.ends_at, "is being asked for another caller", look_after)
 
 
-_live: weakref.WeakValueDictionary[tuple[Client, "Store | None"], Credentials] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[tuple[Client, Store | None], Credentials] = weakref.WeakValueDictionary()
 _endpoints: dict[str, Endpoint] = {}  # one for each URL, to which requests count whoever made them
 
 
 @functools.lru_cache(maxsize=KEPT)
-def credentials_of(client: Client, store: "Store | None" = None) -> Credentials:
+def credentials_of(client: Client, store: Store | None = None) -> Credentials:
     """Return the one object for `client`, with what it shares through `store`."""
     shared = None
     if store is not None:

@@ -11,7 +11,7 @@ _URL = re.compile(
     (?: / [^\\?#\s]* )?
     """
 )
-_LOOPBACK = re.compile(r"(?ai)localhost|127(\.[0-9]+){3}|\[::1\]")
+_LOOPBACK = r"(?ai)localhost|127(\.[0-9]+){3}|\[::1\]"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _check_url(argument: str, url: str) -> None:
     parts = _URL.fullmatch(url)
     if parts is None or not url.isprintable() or int(parts["port"] or 0) > 65535:
         raise ValueError(f"{argument} must be an https URL with nothing but a host, port and path")
-    if parts["scheme"].lower() == "http" and not _LOOPBACK.fullmatch(parts["host"]):
+    if parts["scheme"].lower() == "http" and not re.fullmatch(_LOOPBACK, parts["host"]):
         raise ValueError(f"{argument} must be https, since secrets go there: plain http is for loopback only")
 
 

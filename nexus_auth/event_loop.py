@@ -1,5 +1,7 @@
 """What the asynchronous driver needs of an event loop, be it of asyncio or trio: anyio, imported with the first use."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import TypeVar
 

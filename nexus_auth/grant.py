@@ -1,5 +1,7 @@
 """The client credentials grant (RFC 6749 section 4.4): the token request, and how an answer to it is judged."""
 
+from __future__ import annotations
+
 import contextlib
 import email.utils
 import json
@@ -9,7 +11,6 @@ import random
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from ._version import __version__
 from .late_import import LateImport
 from .secret import HiddenText
 from .steps import MAX_BODY, Client, Failed, Response
+from .value import Value
 
 logger: logging.Logger = logging.getLogger(__package__)
 authlib_client: LateImport = LateImport("authlib.oauth2.client")
@@ -49,8 +51,7 @@ class FaultKind(Enum):
     UNREACHABLE = "unreachable"  # no answer at all
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(Value):
     """Why there is no token, as data: an error is made of it where it is raised, by the door that raises it."""
 
     kind: FaultKind
@@ -64,23 +65,21 @@ class Fault:
     timed_out: bool = False
 
 
-@dataclass(frozen=True)
-class Grant:
+class Grant(Value, hidden={"access_token"}):
     """A successful response (RFC 6749 section 5.1): the access token, and its lifetime in seconds."""
 
-    access_token: str = field(repr=False)
+    access_token: str
     lifetime: float
 
 
-@dataclass(frozen=True)
-class Pause:
+class Pause(Value):
     """Seconds without a token request: `least` of them, and up to `jitter` more, for callers not to come together."""
 
     least: float
     jitter: float
 
     @classmethod
-    def asked_for(cls, retry_after: float) -> "Pause":
+    def asked_for(cls, retry_after: float) -> Pause:
         """Return the pause that Retry-After asks for."""
         return cls(retry_after, retry_after / 10 + 1)
 

@@ -4,11 +4,14 @@ Knowledge is a value (`Known`) that is replaced as a whole, and so is each decis
 tabled. The functions are pure; their times are seconds on the monotonic clock.
 """
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .grant import Fault, FaultKind
 from .token import State, Token, state_of
+from .value import Value, replace
 
 # Seconds for which a failure is remembered, doubled while nothing but failures comes: from the one to the other.
 REFUSAL_MEMORY, MAX_REFUSAL_MEMORY = 10.0, 60.0
@@ -17,8 +20,7 @@ FRUITLESS_PAUSE, MAX_FRUITLESS_PAUSE = 1.0, 60.0  # seconds without a renewal, a
 UNREPEATABLE_PAUSE = 10.0  # seconds between renewals for requests that cannot be sent again
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(Value):
     """The times of an auth object, in seconds."""
 
     leeway: float
@@ -26,7 +28,7 @@ class Limits:
     max_wait: float
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Call:
     """One call of a user: its limits, and what it has spent of them.
 
@@ -57,8 +59,7 @@ class Call:
         return moment >= self.begun_at
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(Value):
     """A fault as it is remembered: until when, and for whom, by the limits of the one who met it.
 
     With `out_of_time` its `max_wait` was over before all tries were made.
@@ -85,8 +86,7 @@ class Failure:
         return call.limits.timeout <= self.timeout and call.budget <= self.max_wait
 
 
-@dataclass(frozen=True)
-class Renewals:
+class Renewals(Value):
     """What is known of renewals after a 401: how long to leave it after some that did not help."""
 
     pause: float = 0.0  # the last one
@@ -96,8 +96,7 @@ class Renewals:
     has_replay: bool = False  # whether its replay tells; else the first answer to that token does
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(Value):
     """All that is known of the token of one API client."""
 
     token: Token | None = None
@@ -106,37 +105,32 @@ class Known:
     renewals: Renewals = Renewals()
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(Value):
     """Send the call with this token."""
 
     token: Token
 
 
-@dataclass(frozen=True)
-class Raise:
+class Raise(Value):
     """Tell the caller of this failure."""
 
     failure: Failure
 
 
-@dataclass(frozen=True)
-class TooLong:
+class TooLong(Value):
     """Tell the caller that `max_wait` would not last: in how many seconds to try again, and what is waited for."""
 
     retry_after: float
     reason: str  # continues a sentence that begins with the token endpoint
 
 
-@dataclass(frozen=True)
-class GiveUp:
+class GiveUp(Value):
     """Leave it at the 401, for so many seconds: another token would not help, or `max_wait` is spent."""
 
     retry_after: float
 
 
-@dataclass(frozen=True)
-class Fetch:
+class Fetch(Value):
     """Make a token request; `fallback` still serves, if that fails."""
 
     fallback: Token | None = None

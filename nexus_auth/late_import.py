@@ -1,5 +1,7 @@
 """Modules that are imported when they are first used, since they take long and many need none of them."""
 
+from __future__ import annotations
+
 import importlib
 import os
 import threading

@@ -6,12 +6,14 @@ answered (a process is killed, a call broken off) may arrive until its timeout i
 and a period more. All times are seconds on the monotonic clock.
 """
 
+from __future__ import annotations
+
 import inspect
+import os
 import threading
-import uuid
-from dataclasses import dataclass, replace
 
 from .steps import Steps
+from .value import Value, replace
 
 LIMIT, PERIOD = 60, 60.0  # token requests, in so many seconds
 KEEP = PERIOD + 0.1  # seconds that a permit is kept after its answer: clocks do not tick alike
@@ -21,19 +23,22 @@ KEEP_IN_LINE = 2.0  # seconds after its last look that a caller keeps its place 
 LOCK = threading.RLock()
 
 
-@dataclass(frozen=True)
-class Permits:
+def new_owner() -> str:
+    """Return an owner of a permit or turn that nobody else has."""
+    return os.urandom(16).hex()
+
+
+class Permits(Value):
     """Who holds a permit until when, and who waits in line for one, last seen when. Replaced whole.
 
     An owner whose request is `under_way` holds the permit for longer than it will take if all is well.
     """
 
-    held: tuple["Permit", ...] = ()
-    line: tuple["InLine", ...] = ()
+    held: tuple[Permit, ...] = ()
+    line: tuple[InLine, ...] = ()
 
 
-@dataclass(frozen=True)
-class Permit:
+class Permit(Value):
     """The right to one token request."""
 
     owner: str
@@ -41,8 +46,7 @@ class Permit:
     under_way: bool
 
 
-@dataclass(frozen=True)
-class InLine:
+class InLine(Value):
     """A place in the line, kept as long as its owner looks again in time."""
 
     owner: str
@@ -138,16 +142,14 @@ class Endpoint:
             self.closed_until = max(self.closed_until, until)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Value):
     """Where a call is made: the thread, or the task and its event loop."""
 
     caller: object
     loop: object | None = None
 
 
-@dataclass(frozen=True)
-class Holder:
+class Holder(Value):
     """Who fetches: the caller, its steps, when they send a token request and until when they have to."""
 
     caller: object
@@ -166,7 +168,7 @@ class Turn:
 
     def __init__(self) -> None:
         self.holder: Holder | None = None
-        self.owner: str = uuid.uuid4().hex  # of the turn that processes share: whoever takes over here has it already
+        self.owner: str = new_owner()  # of the turn that processes share: whoever takes over here has it already
 
     def take(self, asking: Holder, now: float) -> Holder | None:
         """Give the turn to `asking`, who may have it already; return the other who has it, and keeps it."""

@@ -5,7 +5,6 @@ import copy
 import functools
 import inspect
 import json
-import pickle
 import re
 import time
 import weakref
@@ -26,9 +25,9 @@ except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(f"{__name__} needs requests: pip install requests") from _missing
 
 from . import errors
-from .auth import BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env
+from .auth import BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env, travelling
 from .environment import Environment
-from .grant import HEADERS, form, logger, unpacked, user_agent
+from .grant import HEADERS, form, unpacked, user_agent
 from .known import Call
 from .secret import hidden, leaving_no_locals
 from .steps import MAX_BODY, Failed, Response, SendTokenRequest
@@ -149,12 +148,7 @@ class NexusAuth(BaseAuth, AuthBase):
         settings = Session()
         for name in ("proxies", "verify", "cert", "trust_env", "adapters"):
             setattr(settings, name, getattr(lent, name))
-        try:
-            pickle.dumps(settings)
-        except Exception as error:  # whatever the adapters of others raise
-            logger.debug("the session that is lent stays behind when its auth is pickled: %s", error)
-            return None
-        return settings
+        return travelling(settings, "session that is lent")
 
     def _send(self, step: SendTokenRequest) -> Response | Failed:
         with leaving_no_locals():

@@ -4,6 +4,8 @@ Trackers walk the local variables of every frame of a traceback and show their `
 kept in a `HiddenText` from the moment it comes in until it is on the wire, so there is no frame to find it in.
 """
 
+from __future__ import annotations
+
 import contextlib
 import sys
 import traceback

@@ -4,6 +4,8 @@ All of it blocks, so the core asks a driver to call it. Nothing here raises: a s
 for a while, and the process goes on as it would without one.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -11,7 +13,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from .grant import MAX_RETRY_AFTER, Fault, FaultKind, logger
@@ -21,6 +22,7 @@ from .steps import Client
 from .store import Store
 from .store._seal import Seal
 from .token import Token
+from .value import Value
 
 T = TypeVar("T")
 
@@ -29,8 +31,7 @@ MOST_STUCK = 8  # calls that hang in a store at most, each in its thread, before
 UNKNOWN_LIFETIME = 86400.0  # seconds that a token is kept which has no lifetime
 
 
-@dataclass(frozen=True)
-class News:
+class News(Value):
     """What others have left in the store, and in how many seconds the turn to fetch may be free; 0: it is ours."""
 
     token: Token | None = None
@@ -170,9 +171,8 @@ def _token_from_json(document: dict[str, Any], now: float, left: float) -> Token
 
 
 def _failure_to_json(failure: Failure) -> dict[str, Any]:
-    document = asdict(failure)
-    document["fault"]["kind"] = failure.fault.kind.value
-    return document
+    fault = {**vars(failure.fault), "kind": failure.fault.kind.value}
+    return {**vars(failure), "fault": fault}
 
 
 def _failure_from_json(document: dict[str, Any], now: float, left: float) -> Failure:

@@ -4,17 +4,18 @@ The core is a generator that yields steps and does no I/O. A driver performs one
 back and judges nothing; there is a blocking one (`auth`) and one for event loops (`_httpx_flow`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from .secret import HiddenText
+from .value import Value
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Client:
+class Client(Value):
     """An API client and the scope it asks for: whom a token belongs to.
 
     Every field goes into the token request, and all of them together are the key under which a token is shared.
@@ -26,15 +27,13 @@ class Client:
     scope: str
 
 
-@dataclass(frozen=True)
-class Sleep:
+class Sleep(Value):
     """Wait so many seconds. Nothing is sent back."""
 
     seconds: float
 
 
-@dataclass(frozen=True)
-class SendTokenRequest:
+class SendTokenRequest(Value):
     """Send one token request for `client`, once, and follow no redirect; `timeout` is for all of it, in seconds.
 
     `left` is what is left of the caller's `max_wait`. The request keeps its timeout all the same, unless it goes
@@ -47,8 +46,7 @@ class SendTokenRequest:
     left: float
 
 
-@dataclass(frozen=True)
-class CallStore:
+class CallStore(Value):
     """Call `function`, which blocks on a store, in a thread of its own; it raises nothing, and never returns None.
 
     Sent back: what it returns, or None if that takes longer than `limit` seconds.
@@ -58,21 +56,19 @@ class CallStore:
     limit: float
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(Value, hidden={"body"}):
     """An answer of the token endpoint; `body` is None if it is longer than `MAX_BODY`, as it came or unpacked."""
 
     status_code: int
     headers: Mapping[str, str]
-    body: bytes | None = field(repr=False)
+    body: bytes | None
 
 
-@dataclass(frozen=True)
-class Failed:
+class Failed(Value, hidden={"text"}):
     """An error of the HTTP library in place of an answer: the name of its class, and what it says."""
 
     error_name: str
-    text: str = field(repr=False)
+    text: str
     timed_out: bool = False
 
 

@@ -1,20 +1,26 @@
 """Threads of our own, for what blocks: those of the application may all be waiting for what is done here."""
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 import socket
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, wait
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 T = TypeVar("T")
 AFTER_DEADLINE = 0.01  # seconds until a deadline has passed for certain: a timer may be a little early
 
 
-def start_thread(function: Callable[[], T]) -> "Future[T]":
+def start_thread(function: Callable[[], T]) -> Future[T]:
     """Call `function` in a thread of its own, and return the future of what it returns."""
+    from concurrent.futures import Future  # loaded only where a thread is needed
+
     future: Future[T] = Future()
     context = contextvars.copy_context()
 
@@ -31,8 +37,10 @@ def start_thread(function: Callable[[], T]) -> "Future[T]":
     return future
 
 
-def result_of(future: "Future[T]", limit: float) -> T | None:
+def result_of(future: Future[T], limit: float) -> T | None:
     """Return the result of `future`, blocking; None if it is not there in `limit` seconds."""
+    from concurrent.futures import wait
+
     wait([future], limit)
     return future.result() if future.done() else None
 

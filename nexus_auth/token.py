@@ -3,9 +3,12 @@
 All times are seconds on the monotonic clock.
 """
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass, field
 from enum import Enum
+
+from .value import Value
 
 
 class State(Enum):
@@ -18,17 +21,16 @@ class State(Enum):
     REFUSED = "refused"  # by the API, with a 401
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(Value, hidden={"access_token"}):
     """An access token, which expires at `expires_at` and was here at `arrived_at`."""
 
-    access_token: str = field(repr=False)
+    access_token: str
     expires_at: float
     half_life: float  # the moment when half of the lifetime is over
     arrived_at: float
 
     @classmethod
-    def granted(cls, access_token: str, lifetime: float, asked_at: float, arrived_at: float) -> "Token":
+    def granted(cls, access_token: str, lifetime: float, asked_at: float, arrived_at: float) -> Token:
         """Return a token that lives `lifetime` seconds (infinite: until the API refuses it) from `asked_at` on."""
         return cls(access_token, asked_at + lifetime, asked_at + lifetime / 2, arrived_at)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 from urllib.parse import parse_qsl
@@ -35,9 +34,9 @@ def test_form(client_id: str, client_secret: str, scope: str) -> None:
 
 def test_what_is_in_the_form_is_in_the_key() -> None:
     """A field that were in the form alone would let two API clients share a token that only one of them may have."""
-    key = {field.name for field in dataclasses.fields(Client)}
-    sent = {name for name, _ in parse_qsl(form(Client("https://identity.example", "id", HiddenText("s"), "api1")))}
-    assert sent - {"grant_type"} == key - {"token_endpoint"}
+    client = Client("https://identity.example", "id", HiddenText("s"), "api1")
+    sent = {name for name, _ in parse_qsl(form(client))}
+    assert sent - {"grant_type"} == vars(client).keys() - {"token_endpoint"}
 
 
 def test_four_fields_and_nothing_of_the_client(driver: Driver, sandbox: NexusSandbox) -> None:

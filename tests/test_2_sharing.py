@@ -7,7 +7,6 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from nexus_auth.quota import LIMIT, LOCK
 from nexus_auth.secret import HiddenText
 from nexus_auth.steps import Client
 from nexus_auth.testing import NexusSandbox
+from nexus_auth.value import replace
 
 CLIENT = Client("https://identity.example/token", "id", HiddenText("secret"), "api1")
 OTHERS: dict[str, Any] = {

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,6 +35,7 @@ from nexus_auth.secret import HiddenText
 from nexus_auth.steps import Client, Steps
 from nexus_auth.testing import NexusSandbox
 from nexus_auth.token import State, Token, state_of
+from nexus_auth.value import replace
 
 FRESH = Token("fresh", expires_at=NOW + 600, half_life=NOW - 1, arrived_at=NOW - 9)
 STALE = Token("stale", expires_at=NOW + 30, half_life=NOW - 1, arrived_at=NOW - 9)

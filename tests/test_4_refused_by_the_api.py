@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +48,7 @@ from nexus_auth.known import (
 from nexus_auth.quota import Endpoint
 from nexus_auth.testing import NexusSandbox
 from nexus_auth.token import Token
+from nexus_auth.value import replace
 
 OLD = Token("old", expires_at=NOW + 600, half_life=NOW + 60, arrived_at=NOW - 9)
 NEW = Token("new", expires_at=NOW + 3600, half_life=NOW + 1800, arrived_at=NOW)

@@ -8,7 +8,6 @@ import itertools
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from nexus_auth.quota import (
     left_line,
 )
 from nexus_auth.testing import NexusSandbox
+from nexus_auth.value import replace
 
 NONE = Permits()
 HOLD = 70.1  # seconds of a permit whose request has a timeout of 10

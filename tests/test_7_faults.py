@@ -9,7 +9,6 @@ import itertools
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,6 +36,7 @@ from nexus_auth.known import Call, Failure, Fetch, Known, Raise, TooLong, Use, d
 from nexus_auth.steps import Failed, Response
 from nexus_auth.testing import NexusSandbox
 from nexus_auth.token import Token
+from nexus_auth.value import replace
 
 REFUSED, ODD_ANSWER, BUSY, UNAVAILABLE, UNREACHABLE = FaultKind
 

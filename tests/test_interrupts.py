@@ -29,7 +29,7 @@ import pytest
 from conftest import DRIVERS, INSTALLED, Answered, Driver, GatedSandbox, Sent, nowhere, outcome, url
 
 import nexus_auth
-from nexus_auth import Environment, forget_tokens, grant
+from nexus_auth import Environment, forget_tokens, grant, value
 from nexus_auth.credentials import credentials_of
 from nexus_auth.secret import HiddenText
 from nexus_auth.steps import Client
@@ -61,8 +61,8 @@ def grow_old(environment: Environment, client_id: str, client_secret: str, left:
     credentials = credentials_of(Client(environment.token_endpoint, client_id, HiddenText(client_secret), "api1"))
     now, token = time.monotonic(), credentials.known.token
     assert token is not None
-    old = replace(token, expires_at=now + left, half_life=now - 1)
-    credentials.known = replace(credentials.known, token=old)
+    old = value.replace(token, expires_at=now + left, half_life=now - 1)
+    credentials.known = value.replace(credentials.known, token=old)
 
 
 def grow_old_in(sandbox: NexusSandbox, left: float) -> None:

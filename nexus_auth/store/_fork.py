@@ -1,5 +1,7 @@
 """Locks for what must not be in progress in another thread at a fork: the child would wait for its end for ever."""
 
+from __future__ import annotations
+
 import os
 import threading
 from importlib import import_module

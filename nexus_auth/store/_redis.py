@@ -1,5 +1,7 @@
 """Redis and Valkey: a store for processes on several machines behind one address."""
 
+from __future__ import annotations
+
 import base64
 import math
 import os
@@ -101,13 +103,13 @@ class RedisStore:
         where = repr(self._client) if isinstance(self._client, _Connections) else type(self._client).__name__
         return f"RedisStore({where}, prefix={self._prefix!r})"
 
-    def __copy__(self) -> "RedisStore":
+    def __copy__(self) -> RedisStore:
         return self
 
-    def __deepcopy__(self, memo: object) -> "RedisStore":
+    def __deepcopy__(self, memo: object) -> RedisStore:
         return self
 
-    def __reduce__(self) -> tuple[type["RedisStore"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[RedisStore], tuple[str, str]]:
         if isinstance(self._client, _Connections) and not self._client.passwords:
             return RedisStore, (str(self._client.url), self._prefix)
         what = "a password or a lent client is not pickled"

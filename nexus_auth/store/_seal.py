@@ -1,12 +1,14 @@
 """Seals: only who knows the client secret finds what is in a store, reads it, or puts it there."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from ..secret import HiddenText
+from ..value import Value
 from ._fork import deriving
 
 if TYPE_CHECKING:
@@ -18,12 +20,11 @@ _MAX_MEMORY = 2**26  # bytes; hashlib has to be allowed what scrypt takes
 _NONCE, _TAG = 12, 16  # bytes; NIST SP 800-38D section 5.2.1
 
 
-@dataclass(frozen=True)
-class _Keys:
+class _Keys(Value):
     """What scrypt makes of a secret: the name of the client's rows, and the key to them."""
 
     name: str
-    cipher: "AESGCM"
+    cipher: AESGCM
 
 
 class Seal:

@@ -1,5 +1,7 @@
 """SQLite: a store in a folder, for the processes of one user on one machine."""
 
+from __future__ import annotations
+
 import logging
 import os
 import sqlite3
@@ -8,10 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from ..value import Value
 from ._error import StoreError
 from ._fork import using_sqlite
 
@@ -27,8 +29,7 @@ _TABLES = [
 _PATIENCE = 1.0  # seconds for which one operation waits for others
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(Value):
     """A moment on two clocks, in seconds.
 
     Neither can be relied on alone. The wall clock is set, forward and back. The monotonic clock starts again with the
@@ -39,7 +40,7 @@ class Moment:
     wall: float
     monotonic: float
 
-    def ages(self, now: "Moment") -> list[float]:
+    def ages(self, now: Moment) -> list[float]:
         """Return how long ago this was, by each clock that can tell; a clock by which it is yet to come cannot."""
         return [age for age in (now.wall - self.wall, now.monotonic - self.monotonic) if age >= 0]
 
