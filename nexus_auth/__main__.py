@@ -257,10 +257,10 @@ class _Unread:
 
 
 def _details(auth: Any) -> dict[str, Any]:
-    left = auth._credentials.known.token.expires_at - time.monotonic()  # there is no other way to see it
+    left = auth.expires_in
     return {
         "environment": auth.environment.name,
-        "scope": auth._client.scope,
+        "scope": auth.scope,
         "lifetime": None if left == math.inf else round(left),
     }
 

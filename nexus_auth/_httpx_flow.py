@@ -184,7 +184,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                         await anyio().sleep(seconds)
                     case SendTokenRequest():
                         answer = await self._send_async(step)
-                    case CallStore(function, limit):
+                    case CallStore(function, limit):  # pragma: no branch  # there is no other
                         with anyio().move_on_after(limit):
                             answer = await in_own_thread(function)
 

@@ -88,6 +88,16 @@ class BaseAuth(ABC):
         options.setdefault("store", store_from_env(prefix))
         return cls(*credentials_from_env(prefix), **options)
 
+    @property
+    def scope(self) -> str:
+        """The scopes that the token is asked for, separated by spaces."""
+        return self._client.scope
+
+    @property
+    def expires_in(self) -> float:
+        """The seconds that the token at hand has to live: 0 if there is none, infinite if the server did not say."""
+        return self._credentials.seconds_left()
+
     def access_token(self, *, refused: str | None = None) -> str:
         """Return the access token, obtained like that of a call: for a websocket, gRPC or a subprocess.
 
@@ -172,7 +182,8 @@ class BaseAuth(ABC):
             return None
         token = self._token(decision, request)
         if not call.repeatable:
-            logger.info("%s %s: not sent again after a 401, since its body cannot be", request.method, request.url)
+            message = "%s %s: not sent again after a 401, since its body cannot be"
+            logger.info(message, request.method, request.url, extra=self._log_fields(request.url))
             return None
         return token
 
@@ -187,7 +198,12 @@ class BaseAuth(ABC):
                 self._credentials.replayed(call.renewed, status_codes[0] if status_codes else None)
 
     def _say_no_token_sent(self, url: object) -> None:
-        logger.debug("no token sent to %s: not of environment %s", url, self.environment.name)
+        message = "no token sent to %s: not of environment %s"
+        logger.debug(message, url, self.environment.name, extra=self._log_fields(url))
+
+    def _log_fields(self, url: object) -> dict[str, str]:
+        """Return what a record of a call to `url` carries for structured logs."""
+        return {"client_id": self.client_id, "environment": self.environment.name, "url": str(url)}
 
     def _token_of(self, decision: Decision) -> Token:
         """Return the token that `decision` is, or raise the error."""
@@ -253,7 +269,7 @@ class BaseAuth(ABC):
                         time.sleep(seconds)
                     case SendTokenRequest():
                         answer = self._send(step)
-                    case CallStore(function, limit):
+                    case CallStore(function, limit):  # pragma: no branch  # there is no other
                         answer = result_of(start_thread(function), limit)
 
 

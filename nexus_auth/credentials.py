@@ -96,6 +96,7 @@ class Credentials:
     ) -> None:
         self.client = client
         self._name = f"token endpoint {client.token_endpoint}"
+        self._log_fields = {"client_id": client.client_id, "token_endpoint": client.token_endpoint}
         self.known: Known = Known()
         self._endpoint = endpoint
         self._shared = shared
@@ -115,6 +116,11 @@ class Credentials:
         """Return the token, if it is fresh."""
         token = self.known.token
         return token if token is not None and token.is_fresh(self._clock(), leeway) else None
+
+    def seconds_left(self) -> float:
+        """Return the seconds that the token has to live, 0 if there is none."""
+        token = self.known.token
+        return max(0.0, token.expires_at - self._clock()) if token is not None else 0.0
 
     def obtain(self, call: Call, place: Place, refused: str | None = None) -> Steps[Decision]:
         """Return the steps to a token for `call`, other than the access token `refused` of a 401.
@@ -147,7 +153,7 @@ class Credentials:
         self._change(lambda known: judged(known, access_token, status_code, self._clock(), of_replay=of_replay))
         if status_code == 401 and is_news:
             message = "%s: the API refuses the new token of client %r too (401). Check base_url and what it may do."
-            logger.warning(message, self._name, self.client.client_id)
+            logger.warning(message, self._name, self.client.client_id, extra=self._log_fields)
 
     def _change(self, change: Callable[[Known], Known]) -> Known:
         """Replace what is known by what `change` makes of it, once more if another was faster, and return that."""
@@ -356,16 +362,20 @@ class Credentials:
         attempt.announced = wait.reason
         seconds = wait.until - now
         level = logging.WARNING if seconds > 1 else logging.DEBUG
-        logger.log(level, "%s %s: the next may go in %.1f s", self._name, wait.reason, seconds)
+        fields = {**self._log_fields, "seconds": round(seconds, 3)}
+        logger.log(level, "%s %s: the next may go in %.1f s", self._name, wait.reason, seconds, extra=fields)
 
     def _land(self, grant: Grant, call: Call, attempt: Attempt, asked_at: float, now: float) -> Token:
         """Keep a new token, and return it."""
         token = Token.granted(grant.access_token, grant.lifetime, asked_at, now)
         self._change(lambda known: landed(known, token, call, now, attempt.refused))
-        logger.debug("%s gave client %r a token for %s s", self._name, self.client.client_id, grant.lifetime)
+        fields = {**self._log_fields, "seconds": grant.lifetime}
+        message = "%s gave client %r a token for %s s"
+        logger.debug(message, self._name, self.client.client_id, grant.lifetime, extra=fields)
         if attempt.refused is not None and token.access_token != attempt.refused:
             call.renewed = token.access_token
-            logger.info("%s: renewed the token of client %r after a 401", self._name, self.client.client_id)
+            message = "%s: renewed the token of client %r after a 401"
+            logger.info(message, self._name, self.client.client_id, extra=self._log_fields)
         return token
 
     def _fail(self, fault: Fault, call: Call, attempt: Attempt, now: float, *, ahead: bool) -> Failure | None:
@@ -374,7 +384,7 @@ class Credentials:
             self._endpoint.close(now + fault.retry_after)
         if ahead:
             message = "%s %s: the token of client %r, which is about to expire, is used on"
-            logger.warning(message, self._name, fault.reason, self.client.client_id)
+            logger.warning(message, self._name, fault.reason, self.client.client_id, extra=self._log_fields)
             # It waits for nothing: who would may fare better.
             return self._change(lambda known: failed(known, fault, call, now, budget=0.0)).failure
         if fault.kind is not FaultKind.BUSY:
@@ -389,7 +399,9 @@ class Credentials:
         attempt.sends_at, attempt.reason = now + pause.within(left), fault.reason
         if pause.least <= left:
             attempt.announced = fault.reason
-            logger.warning("%s %s: the next try is in %.1f s", self._name, fault.reason, attempt.sends_at - now)
+            seconds = attempt.sends_at - now
+            fields = {**self._log_fields, "seconds": round(seconds, 3)}
+            logger.warning("%s %s: the next try is in %.1f s", self._name, fault.reason, seconds, extra=fields)
         return None
 
 

@@ -239,7 +239,7 @@ def _body(response: requests.Response, deadline: float) -> bytes | None:
             raise requests.exceptions.ChunkedEncodingError(str(error)) from error
     if time.monotonic() > deadline:
         raise requests.ReadTimeout("the answer has not come to its end in time")
-    if raw.length_remaining:  # urllib3 1.26 does not mind
+    if raw.length_remaining:  # pragma: no cover  # urllib3 1.26 does not mind
         raise requests.exceptions.ChunkedEncodingError("the answer has come to its end too early")
     return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
 

@@ -218,7 +218,7 @@ class _Health:
             self._back_at = now + OUTAGE
         if is_news:
             message = "%r is out of order, and this process does without it for a while: %s"
-            logger.warning(message, self._store, reason)
+            logger.warning(message, self._store, reason, extra={"store": repr(self._store)})
 
     def _is_in_order(self, back_at: float | None) -> None:
         """Learn that a call was answered which began when an outage might be over at `back_at`."""
@@ -227,7 +227,7 @@ class _Health:
             if is_news:
                 self._back_at = None
         if is_news:
-            logger.info("%r is in order again", self._store)
+            logger.info("%r is in order again", self._store, extra={"store": repr(self._store)})
 
     def _is_stuck(self) -> bool:
         """Tell whether so many calls hang in the store that another thread is not to join them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
+import math
 import pydoc
 import subprocess
 import sys
@@ -214,6 +215,17 @@ def test_the_token_for_what_is_no_http_call_has_the_errors_of_a_call(driver: Dri
     sandbox.fail_token_requests(status=429, retry_after=30)
     late: Any = outcome(driver.access_token, driver.auth(sandbox, max_wait=5))
     assert type(late) is driver.door.TokenWaitError
+
+
+def test_how_long_the_token_lives(driver: Driver, sandbox: NexusSandbox) -> None:
+    auth = driver.auth(sandbox, scope="api1 sanctionlist")
+    assert (auth.scope, auth.expires_in) == ("api1 sanctionlist", 0)  # there is none
+    driver.access_token(auth)
+    assert auth.expires_in == pytest.approx(3600, abs=5)
+    nexus_auth.forget_tokens()
+    sandbox.fail_token_requests(status=200, json={"access_token": "t"})
+    driver.access_token(auth)
+    assert auth.expires_in == math.inf
 
 
 def test_who_sends_the_token_is_told_of_the_risk(driver: Driver) -> None:

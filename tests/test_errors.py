@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 import socket
@@ -295,6 +296,25 @@ def test_messages_of_odd_answers(driver: Driver, sandbox: NexusSandbox) -> None:
         sandbox.fail_token_requests(None, **script)
         expected = f"token endpoint {sandbox.environment.token_endpoint} (sandbox) {message}"
         assert str(called(driver, sandbox)) == expected
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_records_have_fields_for_structured_logs(
+    driver: Driver, sandbox: NexusSandbox, stranger: NexusSandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "nexus_auth")
+    sandbox.fail_token_requests(status=503)
+    client = driver.client(driver.auth(sandbox))
+    driver.get(client, url(sandbox))
+    sandbox.revoke_tokens()
+    driver.get(client, url(sandbox))
+    driver.get(client, url(stranger))
+    records = [vars(record) for record in caplog.records if record.name == "nexus_auth"]
+    assert {record["client_id"] for record in records} == {sandbox.client_id}
+    endpoint = sandbox.environment.token_endpoint
+    assert [record.get("token_endpoint") for record in records] == [endpoint, endpoint, endpoint, endpoint, None]
+    assert [record.get("seconds", 0) > 0 for record in records] == [True, True, True, False, False]
+    assert (records[-1]["url"], records[-1]["environment"]) == (url(stranger), sandbox.environment.name)
 
 
 def test_what_the_log_says_of_an_api_that_refuses_the_new_token_too(

@@ -34,6 +34,7 @@ from nexus_auth.credentials import credentials_of
 from nexus_auth.secret import HiddenText
 from nexus_auth.steps import Client
 from nexus_auth.testing import NexusSandbox
+from nexus_auth.threads import result_of, start_thread
 
 BLOCKING = [name for name in INSTALLED if "-" not in name]
 LOOPS = [name for name in INSTALLED if "-" in name]
@@ -585,6 +586,27 @@ async def longest_gap(calls: list[Callable[[], Any]]) -> float:
                 tasks.start_soon(call)
         beating.cancel_scope.cancel()
     return max(gaps)
+
+
+def test_a_thread_hands_on_what_its_function_raises() -> None:
+    def fail() -> None:
+        raise HardLimit
+
+    with pytest.raises(HardLimit):
+        result_of(start_thread(fail), 5)
+    is_over = threading.Event()
+    assert result_of(start_thread(is_over.wait), 0.01) is None  # it takes longer
+    is_over.set()
+
+
+def test_where_no_thread_can_be_started_the_function_is_called_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the interpreter."""
+
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    assert result_of(start_thread(threading.get_ident), 5) == threading.get_ident()
 
 
 LONG = 0.8  # seconds; half of it passes for a slow machine

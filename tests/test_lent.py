@@ -676,6 +676,23 @@ def test_what_cannot_be_pickled_stays_behind_with_a_word(driver: Driver, sandbox
 
 
 @ON_REQUESTS
+def test_a_session_with_another_auth_lends_itself_to_none(driver: Driver, sandbox: NexusSandbox) -> None:
+    session = driver.ready_made(sandbox)
+    session.auth = ("user", "password")
+    clone = driver.keep(pickle.loads(pickle.dumps(session)))
+    assert clone.auth == ("user", "password")
+
+
+@ON_REQUESTS
+def test_a_copied_request_is_mended_too(driver: Driver, sandbox: NexusSandbox) -> None:
+    session = driver.ready_made(sandbox)
+    request = session.prepare_request(driver.library.Request("GET", "/customer"))
+    sandbox.revoke_tokens()
+    assert session.send(copy.deepcopy(request)).status_code == http.HTTPStatus.OK
+    assert len(sandbox.token_requests) == 2
+
+
+@ON_REQUESTS
 def test_a_pickled_response_takes_no_secret_along(driver: Driver, sandbox: NexusSandbox) -> None:
     response = driver.ready_made(sandbox).get("/customer")
     pickled = pickle.dumps(response)

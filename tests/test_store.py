@@ -33,6 +33,8 @@ from hypothesis import strategies as st
 
 import nexus_auth.store
 from nexus_auth.secret import HiddenText
+from nexus_auth.shared import News, Shared
+from nexus_auth.steps import Client
 from nexus_auth.store import RedisStore, SQLiteStore, Store, StoreError, _redis, _sqlite, open_store
 from nexus_auth.store._seal import Seal
 from nexus_auth.store._sqlite import Moment, permit_left, value_left
@@ -990,6 +992,21 @@ class TestRedis:
 
 
 CLIENT = ("s3cret", "https://identity.example/token", "client", "api1 api2")
+
+
+class TestWhatIsShared:
+    def test_a_row_that_says_something_else_is_no_news(self) -> None:
+        """It may be that of another version."""
+        store, client = MemoryStore(), Client(CLIENT[1], CLIENT[2], HiddenText(CLIENT[0]), CLIENT[3])
+        seal = Seal(*CLIENT)
+        for document in (b"no JSON", b"[]", b"{}", b'{"access_token": "t"}', b'{"access_token": "t", "lifetime": "x"}'):
+            store.put(seal.name("token"), seal.seal("token", document), 60)
+            assert Shared(store, client).look_for_token(set()) == News()
+        store.put(seal.name("token"), seal.seal("token", b'{"access_token": "t", "lifetime": 90}'), 60)
+        token = Shared(store, client, clock=lambda: 1000.0).look_for_token(set()).token
+        assert token is not None
+        assert (token.access_token, token.lifetime, token.arrived_at) == ("t", 90, 1000)
+        assert token.expires_at == pytest.approx(1060, abs=1)
 
 
 class TestSeals:

@@ -87,14 +87,34 @@ def run(code: list[str], vendored: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_the_copy_keeps_the_contract(vendored: Path, library: str) -> None:
+def leave_one_door(vendored: Path, library: str) -> None:
     for name in {name for names in DOORS.values() for name in names} - set(DOORS[library]):
         (vendored / "acme/_vendor/nexus_auth" / name).unlink()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_copy_keeps_the_contract(vendored: Path, library: str) -> None:
+    leave_one_door(vendored, library)
     factory = "nexus_session" if library == "requests" else "nexus_client"
     script = SCRIPT.format(library=library, factory=factory, others=[name for name in DOORS if name != library])
     done = run(["-c", script], vendored)
     assert (done.stdout, done.stderr) == ("fine\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    ("checker", "command"),
+    [("mypy", ["mypy", "--strict", "acme"]), ("pyright", ["pyright", "--pythonpath", sys.executable, "acme"])],
+)
+def test_the_copy_passes_type_checkers(vendored: Path, library: str, checker: str, command: list[str]) -> None:
+    """Those of the package that it is copied into, which checks it as its own code."""
+    pytest.importorskip(checker, reason="this type checker is not installed")
+    leave_one_door(vendored, library)
+    if library != "requests":
+        (vendored / "acme/_vendor/nexus_auth/__main__.py").unlink()  # which is of that door
+    done = run(["-m", *command], vendored)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.skipif("requests" not in INSTALLED, reason="the command line uses requests")
