@@ -183,35 +183,40 @@ class Credentials:
             call.spent += self._clock() - call.begun_at
 
     def _approach(self, call: Call, attempt: Attempt) -> Steps[Decision]:
-        """Yield one step after the other towards a token: decide, then wait or send a token request, and again."""
+        """Yield one step after the other towards a token: decide, then send a token request or wait, and again."""
         while True:
-            now, known = self._clock(), self.known
+            known, now = self.known, self._clock()
             decision = decide(known, now, call, attempt.refused)
-            fallback: Token | None = None
-            wait: Wait | None
             if isinstance(decision, Fetch):
-                fallback = decision.fallback
-                wait = yield from self._clearance(call, attempt, known, fallback)
+                wait = yield from self._clearance(call, attempt, known, decision.fallback)
+                if wait is None:
+                    yield from self._fetch(call, attempt, ahead=decision.fallback is not None)
+                    continue
             elif isinstance(decision, GiveUp) and call.insists:
                 until = now + decision.retry_after
                 wait = Wait(until, until, "gives tokens that are refused, one after the other", LOOK)
             else:
                 return decision
-            now = self._clock()
-            if wait is None:
-                yield from self._fetch(call, attempt, ahead=fallback is not None)
-            elif wait is LOOK_AGAIN or self.known is not known:
+            if wait is LOOK_AGAIN or self.known is not known:
                 continue  # nobody waits or gives up without a look at what others have brought meanwhile
-            elif fallback is not None:
-                self._postpone(max(wait.until, now + AHEAD_PAUSE))
-                return Use(fallback)
-            elif now >= call.deadline:
-                return over(call, now, attempt.refused, wait.retry_at, wait.reason)
-            elif wait.until > call.deadline:
-                return TooLong(wait.retry_at - now, wait.reason)
-            else:
-                self._announce(wait, attempt, now)
-                yield Sleep(min(wait.look_after, call.deadline - now))
+            now = self._clock()
+            if end := self._instead_of(wait, decision, call, attempt, now):
+                return end
+            self._announce(wait, attempt, now)
+            yield Sleep(min(wait.look_after, call.deadline - now))
+
+    def _instead_of(
+        self, wait: Wait, decision: Fetch | GiveUp, call: Call, attempt: Attempt, now: float
+    ) -> Decision | None:
+        """Return what `call` comes to if it need not, or must not, wait; None: it waits."""
+        if isinstance(decision, Fetch) and decision.fallback is not None:
+            self._postpone(max(wait.until, now + AHEAD_PAUSE))
+            return Use(decision.fallback)
+        if now >= call.deadline:
+            return over(call, now, attempt.refused, wait.retry_at, wait.reason)
+        if wait.until > call.deadline:
+            return TooLong(wait.retry_at - now, wait.reason)
+        return None
 
     def _clearance(
         self, call: Call, attempt: Attempt, known: Known, fallback: Token | None
@@ -397,7 +402,7 @@ class Credentials:
             is_late = pause is not None
             return self._change(lambda known: failed(known, fault, call, now, out_of_time=is_late)).failure
         attempt.sends_at, attempt.reason = now + pause.within(left), fault.reason
-        if pause.least <= left:
+        if pause.least <= left:  # else Retry-After is too long for this caller, which is told so next
             attempt.announced = fault.reason
             seconds = attempt.sends_at - now
             fields = {**self._log_fields, "seconds": round(seconds, 3)}

@@ -54,7 +54,7 @@ class Call:
         """The seconds that the present wait may take."""
         return self.limits.max_wait - self.spent
 
-    def waited_for(self, moment: float) -> bool:
+    def was_under_way(self, moment: float) -> bool:
         """Tell whether the call was under way when the answer to a token request came, its own or another's."""
         return moment >= self.begun_at
 
@@ -79,7 +79,7 @@ class Failure(Value):
 
     def holds_for(self, call: Call, now: float) -> bool:
         """Tell whether `call` would fare no better: a refusal is one for all, else more patience may help."""
-        if now >= self.until and not call.waited_for(self.met_at):
+        if now >= self.until and not call.was_under_way(self.met_at):
             return False
         if self.fault.kind is FaultKind.REFUSED:
             return True
@@ -145,7 +145,7 @@ def decide(known: Known, now: float, call: Call, refused: str | None = None) -> 
     state = state_of(token, now, call.limits.leeway, refused)
     if token and state is State.FRESH:
         return Use(token)
-    if token and state is not State.REFUSED and call.waited_for(token.arrived_at):
+    if token and state is not State.REFUSED and call.was_under_way(token.arrived_at):
         return Use(token)  # what was waited for, even if its answer took a good part of its life, or all of it
     if token and state is State.STALE:
         return Use(token) if now < known.ahead_after else Fetch(fallback=token)
