@@ -149,9 +149,10 @@ class Credentials:
         self._judge(access_token, status_code, of_replay=True)
 
     def _judge(self, access_token: str, status_code: int | None, *, of_replay: bool) -> None:
-        is_news = self.known.renewals.on_trial == access_token
-        self._change(lambda known: judged(known, access_token, status_code, self._clock(), of_replay=of_replay))
-        if status_code == 401 and is_news:
+        was_on_trial = self.known.renewals.on_trial == access_token
+        known = self._change(lambda known: judged(known, access_token, status_code, self._clock(), of_replay=of_replay))
+        is_judged = was_on_trial and known.renewals.on_trial != access_token
+        if status_code == 401 and is_judged:
             message = "%s: the API refuses the new token of client %r too (401). Check base_url and what it may do."
             logger.warning(message, self._name, self.client.client_id, extra=self._log_fields)
 

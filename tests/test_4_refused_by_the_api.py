@@ -320,6 +320,15 @@ def test_while_renewals_do_not_help_no_replay_is_waited_for(herd: Herd) -> None:
     assert access_token(herd.call("t3")) == "t4"
 
 
+def test_a_good_call_does_not_say_that_a_renewal_has_helped_which_its_replay_will_tell(herd: Herd) -> None:
+    a_401(herd, replay=401)
+    herd.wait(1)
+    herd.call("t2", call=Call(limits()))
+    herd.credentials.answered("t3", 200)
+    herd.credentials.replayed("t3", 401)
+    assert herd.credentials.known.renewals.pause == 2
+
+
 def test_the_answer_to_an_older_token_says_nothing_of_the_newest(herd: Herd) -> None:
     herd.call("t1")
     herd.call("t2")

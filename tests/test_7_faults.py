@@ -113,6 +113,7 @@ def far_from_greenwich(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("", None), (" ", None), ("-5", None), ("soon", None), ("1.5", None), ("1e9", None), ("+7", None),
         ("0x10", None), ("7 s", None), ("\u00b2", None), ("7, 8", None), ("Sun, 06 Nov 1994", None),
         ("08:49:37", None), ("\udcff", None), ("GMT", None), ("Sun, 06 Nov 99999999 08:49:37 GMT", None),
+        (f"Sun, 06 Nov {9**30} 08:49:37 GMT", None),
     ],
     ids=lambda value: str(value)[:30].encode("ascii", "replace").decode(),
 )  # fmt: skip

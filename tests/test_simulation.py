@@ -378,6 +378,56 @@ def test_a_wrong_secret_costs_70_processes_one_token_request_for_each_pause() ->
     assert len(sent_at) <= 20
 
 
+def test_who_waits_for_another_process_looks_ever_more_rarely_and_every_second_at_least() -> None:
+    world = World(mood=Mood(delay=1e9), has_store=True)
+    Caller(Process(world), CLIENTS[0]).start()
+    world.run(1)
+    before, waits = world.store_operations, Caller(Process(world), CLIENTS[0]).start()
+    world.run(8.9)  # the first is waiting for its answer, which comes to nothing after 10 s
+    assert world.store_operations - before == 14 * 4  # looks, each for a token, the turn, a failure and Retry-After
+    world.mood = WELL
+    world.run(5)
+    assert waits.outcomes == [200]
+    assert waits.done_at < 13
+
+
+def test_who_has_too_little_patience_for_another_process_is_told_when_to_try_again() -> None:
+    world = World(mood=Mood(delay=1e9), has_store=True)
+    Caller(Process(world), CLIENTS[0]).start()
+    world.run(2)
+    hasty = Caller(Process(world), CLIENTS[0], Limits(leeway=60, timeout=10, max_wait=3)).start()
+    world.run(3.5)
+    ((outcome),) = hasty.outcomes
+    assert isinstance(outcome, TooLong)
+    assert outcome.reason == "is being asked by another process"
+    assert outcome.retry_after == pytest.approx(11 - 5, abs=0.2)  # when its turn ends
+
+
+def test_a_renewal_ahead_that_fails_for_one_process_is_put_off_by_all() -> None:
+    """Also by those with more patience: with a token in hand it is no matter of that."""
+    world = World(mood=Mood(expires_in=90), has_store=True)
+    hasty, patient = Process(world), Process(world)
+    callers = [Caller(process, CLIENTS[0]).start() for process in (hasty, patient)]
+    world.run(50)
+    world.mood = DOWN
+    callers.append(Caller(hasty, CLIENTS[0], Limits(leeway=60, timeout=1, max_wait=1)).start())
+    world.run(0.5)
+    callers.append(Caller(patient, CLIENTS[0]).start())
+    world.run(0.5)
+    assert outcomes(callers) == {200: 4}
+    assert len(world.sent) == 2
+
+
+def test_permanent_401s_cost_20_processes_no_more_than_one() -> None:
+    """Each learns of the renewals of the others, and whether they have helped."""
+    world = World(mood=Mood(api_refuses_all=True), has_store=True)
+    for process in [Process(world) for _ in range(20)]:
+        for _ in range(5):
+            Caller(process, CLIENTS[0]).start(math.inf, pause=20)
+    world.run(HOUR / 2)
+    assert len(world.sent) <= 50
+
+
 def test_no_call_ends_without_the_token_that_another_process_has_brought() -> None:
     world = World(has_store=True)
     brings, told = Process(world), Process(world)
