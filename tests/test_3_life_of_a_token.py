@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Driver, GatedSandbox, outcome, statuses, url
+from conftest import Driver, GatedSandbox, Log, outcome, statuses, url
 from herd import (
     NO_ROUTE,
     NOW,
@@ -594,6 +594,41 @@ def test_a_renewal_ahead_that_is_broken_off_spoils_nothing(stale: Herd) -> None:
     renews.break_off()
     stale.wait(0)  # a second has passed for which the other had left it to the first
     assert access_token(stale.call()) == "t2"
+
+
+def test_what_the_log_says_of_the_life_of_a_token(log: Log) -> None:
+    endpoint = "token endpoint https://id.example/connect/token"
+    herd = Herd(response(503), token("t1", 90, takes=5))
+    herd.start()
+    herd.start(call=Call(limits()))
+    herd.run()
+    (_, again), *others = sorted(log(), key=lambda line: "the next try" not in line[1])
+    assert again.startswith(f"{endpoint} is down (HTTP 503): the next try is in 0.")
+    assert others == [
+        ("DEBUG", f"{endpoint} is being asked for another caller: the next may go in 0.0 s"),
+        ("DEBUG", f"{endpoint} gave client 'abc' a token for 90.0 s"),
+    ]
+    herd.wait(60)
+    herd.then(NO_ROUTE)
+    herd.call()
+    assert log() == [
+        ("WARNING", f"{endpoint} could not be reached (ConnectError: no route): the token of client 'abc', which is "
+         "about to expire, is used on")
+    ]  # fmt: skip
+    herd.then(token("t2"))
+    herd.call("t1")
+    renewed = f"{endpoint}: renewed the token of client 'abc' after a 401"
+    assert log() == [("DEBUG", f"{endpoint} gave client 'abc' a token for 3600.0 s"), ("INFO", renewed)]
+    for status, of_replay in ((401, False), (200, True), (401, True)):
+        learn = herd.credentials.replayed if of_replay else herd.credentials.answered
+        learn("t2", status)
+    assert log() == []  # of another call, or after the renewal has helped
+    herd.then(token("t3"))
+    herd.call("t2")
+    log()
+    herd.credentials.replayed("t3", 401)
+    refused = "the API refuses the new token of client 'abc' too (401). Check base_url and what it may do."
+    assert log() == [("WARNING", f"{endpoint}: {refused}")]
 
 
 # Over real sockets

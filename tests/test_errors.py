@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import pytest
 import trustme
 from conftest import Driver, Log, Sent, closed_port, nowhere, outcome, url
-from herd import NO_ROUTE, Herd, limits, response, token
 
 from nexus_auth import (
     PRODUCTION,
@@ -25,7 +24,6 @@ from nexus_auth import (
     forget_tokens,
     known,
 )
-from nexus_auth.known import Call
 from nexus_auth.quota import LIMIT
 from nexus_auth.testing import NexusSandbox
 
@@ -119,7 +117,8 @@ def test_each_library_is_told_in_its_own_errors(
         sandbox.fail_token_requests(None, **SCRIPTS[name])
         timeout = 0.02 if name == "late" else 10
         errors = [called(driver, sandbox, timeout=timeout) for driver in (first, *doors)]
-        assert len(sandbox.token_requests) == (1 if name in ("refused", "busy") else 4)
+        tries = {"refused": {1}, "busy": {1}, "late": {1, 2, 3, 4}}  # what is late may not even have arrived
+        assert len(sandbox.token_requests) in tries.get(name, {4})
         assert len({id(error) for error in errors}) == len(errors)
         for error, driver in zip(errors, (first, *doors), strict=True):
             own = {"busy": driver.door.TokenWaitError, "late": driver.timeout_error, "dropped": driver.library_error}
@@ -298,41 +297,6 @@ def test_messages_of_odd_answers(driver: Driver, sandbox: NexusSandbox) -> None:
         sandbox.fail_token_requests(None, **script)
         expected = f"token endpoint {sandbox.environment.token_endpoint} (sandbox) {message}"
         assert str(called(driver, sandbox)) == expected
-
-
-def test_what_the_log_says_of_the_way_to_a_token(log: Log) -> None:
-    endpoint = "token endpoint https://id.example/connect/token"
-    herd = Herd(response(503), token("t1", 90, takes=5))
-    herd.start()
-    herd.start(call=Call(limits()))
-    herd.run()
-    (_, again), *others = sorted(log(), key=lambda line: "the next try" not in line[1])
-    assert_reads(again, endpoint, "is down (HTTP 503): the next try is in 0.")
-    assert others == [
-        ("DEBUG", f"{endpoint} is being asked for another caller: the next may go in 0.0 s"),
-        ("DEBUG", f"{endpoint} gave client 'abc' a token for 90.0 s"),
-    ]
-    herd.wait(60)
-    herd.then(NO_ROUTE)
-    herd.call()
-    assert log() == [
-        ("WARNING", f"{endpoint} could not be reached (ConnectError: no route): the token of client 'abc', which is "
-         "about to expire, is used on")
-    ]  # fmt: skip
-    herd.then(token("t2"))
-    herd.call("t1")
-    renewed = f"{endpoint}: renewed the token of client 'abc' after a 401"
-    assert log() == [("DEBUG", f"{endpoint} gave client 'abc' a token for 3600.0 s"), ("INFO", renewed)]
-    for status, of_replay in ((401, False), (200, True), (401, True)):
-        learn = herd.credentials.replayed if of_replay else herd.credentials.answered
-        learn("t2", status)
-    assert log() == []  # of another call, or after the renewal has helped
-    herd.then(token("t3"))
-    herd.call("t2")
-    log()
-    herd.credentials.replayed("t3", 401)
-    refused = "the API refuses the new token of client 'abc' too (401). Check base_url and what it may do."
-    assert log() == [("WARNING", f"{endpoint}: {refused}")]
 
 
 @pytest.mark.usefixtures("quick_retries")

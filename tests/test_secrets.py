@@ -375,6 +375,7 @@ def as_sentry_collects(error: BaseException) -> str:
     return json.dumps(events)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("look", [as_python_shows, as_rich_shows, as_sentry_collects])
 def test_error_trackers_collect_no_secret(
     driver: Driver, sandbox: NexusSandbox, look: Callable[[BaseException], str]
@@ -470,6 +471,7 @@ def holds_the_secret(frame: FrameType) -> bool:
 
 
 # What an exception breaks off in the middle, the libraries leave to the garbage collector.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("is_lent", [False, True])
 def test_no_frame_holds_the_secret_whenever_an_exception_comes(
