@@ -13,17 +13,18 @@ import io
 import json
 import logging
 import os
-import socket
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import anyio
 import pytest
 from anyio.from_thread import start_blocking_portal
+from server import Server, closed_port, running_server
 
 from nexus_auth import Environment, forget_tokens, grant
 from nexus_auth.testing import NexusSandbox
@@ -460,14 +461,6 @@ def outcome(call: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T 
         return error
 
 
-def closed_port() -> int:
-    """Return a port of loopback on which nobody listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def nowhere() -> Environment:
     """Return an environment whose hosts refuse connections."""
     base_url = f"http://127.0.0.1:{closed_port()}"
@@ -503,6 +496,22 @@ def log(caplog: pytest.LogCaptureFixture) -> Log:
         return records
 
     return look
+
+
+# Servers for stores
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running_server(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """Run a server that a test may spoil."""
+    with running_server(tmp_path) as server:
+        yield server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -25,7 +25,7 @@ import pytest
 
 requests = pytest.importorskip("requests")
 
-from conftest import closed_port  # noqa: E402
+from server import closed_port  # noqa: E402
 
 import nexus_auth.__main__ as command_line  # noqa: E402
 from nexus_auth import Environment, forget_tokens  # noqa: E402

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 import pytest
 import trustme
-from conftest import Driver, Log, Sent, closed_port, nowhere, outcome, url
+from conftest import Driver, Log, Sent, nowhere, outcome, url
+from server import closed_port
 
 from nexus_auth import (
     PRODUCTION,

@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 
 import pytest
 import trustme
-from conftest import INSTALLED, Driver, Log, closed_port, outcome, url
+from conftest import INSTALLED, Driver, Log, outcome, url
+from server import closed_port
 
 from nexus_auth import Environment, NexusAuthError, TokenRequestError, forget_tokens, grant
 from nexus_auth.testing import NexusSandbox

@@ -17,80 +17,194 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Driver, GatedSandbox, outcome, url
+from conftest import INSTALLED, Driver, GatedSandbox, outcome, url
+from server import Server, closed_port, running_server
 
 from nexus_auth.testing import NexusSandbox
 
 pytest.importorskip("requests", reason="the processes sign calls of requests")
+DOORS = [name for name in INSTALLED if not name.endswith("trio")]
 
 SCRIPT = """
-import json, os, sys, time
-from nexus_auth import Environment, NexusAuth, NexusAuthError
-import requests
+import asyncio, importlib, json, sys, threading, time
+from nexus_auth import Environment, NexusAuthError
 job = json.loads(sys.argv[1])
+library, _, is_async = job["door"].partition("-")
+door = importlib.import_module("nexus_auth." + library)
 environment = Environment("sandbox", **job["urls"])
-secrets = job["client_id"], job["client_secret"], environment
-said = []
-for _ in range(job["calls"]):
+arguments = {"environment": environment, "store": job["store"], "max_wait": job["max_wait"]}
+if job["quota"]:
+    from nexus_auth import quota, shared
+    quota.LIMIT = shared.LIMIT = job["quota"]
+    quota.PERIOD, quota.KEEP = float(job["quota"]), job["quota"] + 0.1
+    import nexus_auth.credentials as credentials
+    credentials.KEEP = shared.KEEP = quota.KEEP
+
+async def call_async(auth):
+    async with getattr(importlib.import_module(library), "AsyncClient")(auth=auth) as client:
+        return (await client.get(environment.base_url + "/customer")).status_code
+
+def call(client_id):
+    auth = door.NexusAuth(client_id, job["client_secret"], **arguments, timeout=job["timeout"])
     try:
-        auth = NexusAuth(*secrets, store=job["store"], **job["options"])
-        said.append(requests.get(environment.base_url + "/customer", auth=auth).status_code)
+        if is_async:
+            return asyncio.run(call_async(auth))
+        return importlib.import_module(library).get(environment.base_url + "/customer", auth=auth).status_code
     except (NexusAuthError, OSError) as error:
-        said.append(getattr(error, "error", None) or type(error).__name__)
+        return getattr(error, "error", None) or type(error).__name__
+
+def calls(client_id):
+    for _ in range(job["calls"]):
+        said.append(call(client_id))
+        time.sleep(job["pause"])
+
+said = []
+threads = [threading.Thread(target=calls, args=(client_id,)) for client_id in job["client_ids"]]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
 print(json.dumps(said))
 """
 
 
 class Processes:
-    """Scripts that call the sandbox, each in a process of its own."""
+    """Scripts that call the sandbox through all doors in turn, each in a process of its own."""
 
     def __init__(self, nexus: NexusSandbox, store: Path | str) -> None:
         self.nexus = nexus
         self.store = store
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, calls: int = 1, secret: str | None = None, **options: Any) -> subprocess.Popen[str]:
+    def start(self, **options: Any) -> subprocess.Popen[str]:
         environment = self.nexus.environment
         job = {
             "urls": {"token_endpoint": environment.token_endpoint, "base_url": environment.base_url},
-            "client_id": self.nexus.client_id,
-            "client_secret": secret or self.nexus.client_secret,
+            "client_ids": [self.nexus.client_id],
+            "client_secret": self.nexus.client_secret,
             "store": str(self.store),
-            "calls": calls,
-            "options": options,
+            "door": DOORS[len(self.started) % len(DOORS)],
+            "calls": 1,
+            "pause": 0,
+            "timeout": 10,
+            "max_wait": 75,
+            "quota": None,
         }
-        command = [sys.executable, "-W", "error", "-c", SCRIPT, json.dumps(job)]
+        command = [sys.executable, "-W", "error", "-c", SCRIPT, json.dumps({**job, **options})]
         self.started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         return self.started[-1]
 
     def said(self) -> list[Any]:
         """Return what came of all calls of all processes, once they have ended."""
-        return [status for process in self.started for status in json.loads(process.communicate(timeout=60)[0] or "[]")]
+        return [status for process in self.started for status in json.loads(process.communicate(timeout=90)[0] or "[]")]
 
 
-@pytest.fixture
-def processes(gated: GatedSandbox, tmp_path: Path) -> Iterator[Processes]:
-    processes = Processes(gated, tmp_path / "store")
+@pytest.fixture(params=["SQLite", "Redis"])
+def processes(gated: GatedSandbox, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Processes]:
+    store: Path | str = tmp_path / "store"
+    if request.param == "Redis":
+        pytest.importorskip("redis", reason="its library is not installed")
+        store = f"{request.getfixturevalue('server').url}/0"
+    processes = Processes(gated, store)
     yield processes
     for process in processes.started:
         process.kill()
         process.communicate()
 
 
-def test_processes_that_start_at_once_make_one_token_request(processes: Processes, gated: GatedSandbox) -> None:
-    for _ in range(8):
+in_a_folder = pytest.mark.parametrize("processes", ["SQLite"], indirect=True)
+in_redis = pytest.mark.parametrize("processes", ["Redis"], indirect=True)
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_processes_that_start_at_once_make_one_token_request(
+    processes: Processes, gated: GatedSandbox, count: int
+) -> None:
+    for _ in range(count):
         processes.start()
     gated.gate.set()
-    assert processes.said() == [200] * 8
+    assert processes.said() == [200] * count
     assert len(gated.token_requests) == 1
 
 
+@in_a_folder
 def test_processes_one_after_the_other_make_one_token_request(processes: Processes, gated: GatedSandbox) -> None:
     gated.gate.set()
     for _ in range(3):
         processes.start().wait(60)
     assert processes.said() == [200] * 3
     assert len(gated.token_requests) == 1
+
+
+@pytest.mark.slow
+def test_revocations_under_load(processes: Processes, gated: GatedSandbox) -> None:
+    gated.gate.set()
+    for _ in range(12):
+        processes.start(calls=30, pause=0.2)
+    for _ in range(2):
+        time.sleep(2.5)  # of the seven or so that they go on
+        gated.revoke_tokens()
+    assert processes.said() == [200] * 360
+    assert 2 <= len(gated.token_requests) <= 5
+
+
+@pytest.mark.slow
+def test_tokens_that_live_shortly_are_renewed_by_one_process_each_time(
+    processes: Processes, gated: GatedSandbox
+) -> None:
+    gated.gate.set()
+    gated.expires_in = 4
+    for _ in range(10):
+        processes.start(calls=30, pause=0.2)
+    assert set(processes.said()) == {200}
+    took = gated.token_requests[-1].time - gated.token_requests[0].time
+    assert len(gated.token_requests) <= took / 2 + 2  # half of a life after the other
+
+
+@pytest.mark.slow
+def test_the_quota_holds_for_all_processes(processes: Processes, gated: GatedSandbox) -> None:
+    """24 API clients in four processes, each with a token request to make, and a quota of 6 in 6 seconds."""
+    gated.gate.set()
+    gated.limit = 1000  # it tells of no minute: its record is looked at
+    client_ids = [f"client-{number}" for number in range(24)]
+    gated.clients.update(dict.fromkeys(client_ids, gated.client_secret))
+    for start in range(0, 24, 6):
+        processes.start(client_ids=client_ids[start : start + 6], quota=6)
+    assert processes.said() == [200] * 24
+    arrivals = sorted(request.time for request in gated.token_requests)
+    assert len(arrivals) == 24
+    assert all(later - sooner > 6 for sooner, later in zip(arrivals, arrivals[6:], strict=False))
+
+
+@pytest.mark.slow
+@in_redis
+def test_restarts_of_the_server_fail_no_call(processes: Processes, gated: GatedSandbox, tmp_path: Path) -> None:
+    gated.gate.set()
+    gated.expires_in = 4
+    port = closed_port()
+    processes.store = f"redis://127.0.0.1:{port}/0"
+    with running_server(tmp_path, port=port):
+        for _ in range(8):
+            processes.start(calls=40, pause=0.2)
+        time.sleep(2)
+    for _ in range(2):
+        with running_server(tmp_path, port=port):
+            time.sleep(1.5)
+    with running_server(tmp_path, port=port):
+        assert set(processes.said()) == {200}
+
+
+@pytest.mark.parametrize("signal_name", ["SIGSTOP", "SIGKILL"])
+@in_redis
+def test_a_server_that_is_away_fails_no_call(
+    processes: Processes, gated: GatedSandbox, server: Server, signal_name: str
+) -> None:
+    gated.gate.set()
+    os.kill(server.pid, getattr(signal, signal_name))
+    for _ in range(2):
+        processes.start(calls=2)
+    assert processes.said() == [200] * 4
+    assert len(gated.token_requests) == 2  # as without a store: one for each process
 
 
 def test_a_revoked_token_is_renewed_by_one_process(processes: Processes, gated: GatedSandbox) -> None:
@@ -103,13 +217,14 @@ def test_a_revoked_token_is_renewed_by_one_process(processes: Processes, gated: 
     assert len(gated.token_requests) == 2
 
 
+@in_a_folder
 def test_a_wrong_secret_costs_one_token_request_and_leaves_the_right_one_alone(
     processes: Processes, gated: GatedSandbox
 ) -> None:
     gated.gate.set()
     processes.start().wait(60)
     for _ in range(4):
-        processes.start(secret="wrong")
+        processes.start(client_secret="wrong")
     assert processes.said() == [200] + ["invalid_client"] * 4
     assert len(gated.token_requests) == 2
 
@@ -124,6 +239,7 @@ def test_retry_after_closes_the_endpoint_for_all_processes(processes: Processes,
     assert len(gated.token_requests) == 1
 
 
+@in_a_folder
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no kill -9")
 def test_a_process_that_is_killed_while_it_fetches_holds_up_nobody_for_long(
     processes: Processes, gated: GatedSandbox
@@ -138,6 +254,7 @@ def test_a_process_that_is_killed_while_it_fetches_holds_up_nobody_for_long(
     assert len(gated.token_requests) == 2
 
 
+@in_a_folder
 def test_a_store_that_cannot_be_used_fails_no_call(processes: Processes, gated: GatedSandbox, tmp_path: Path) -> None:
     gated.gate.set()
     processes.store = tmp_path / "a file in place of the folder"
@@ -147,6 +264,7 @@ def test_a_store_that_cannot_be_used_fails_no_call(processes: Processes, gated: 
     assert len(gated.token_requests) == 1  # as without a store: one for the process
 
 
+@in_a_folder
 def test_what_is_in_the_store_is_for_its_owner_and_sealed(processes: Processes, gated: GatedSandbox) -> None:
     gated.gate.set()
     processes.start()

@@ -20,7 +20,8 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
-from conftest import Driver, closed_port, nowhere, outcome, url
+from conftest import Driver, nowhere, outcome, url
+from server import closed_port
 
 from nexus_auth import TEST, TokenRequestError, forget_tokens
 from nexus_auth.grant import ERROR_CODES, Fault, FaultKind, judge

