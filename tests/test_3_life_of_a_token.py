@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import Driver, GatedSandbox, Log, outcome, statuses, url
 from herd import (
+    CLIENT,
     NO_ROUTE,
     NOW,
     REFUSAL,
@@ -467,7 +468,7 @@ def test_a_call_within_the_flight_of_the_same_thread_is_told_at_once() -> None:
     assert inner.waited == 0
     assert isinstance(inner.outcome, TooLong)
     assert retry_after(inner.outcome) == pytest.approx(10)  # then the turn of the outer one is over for certain
-    assert "this very call" in inner.outcome.reason
+    assert inner.outcome.reason == "is being asked in this very call: does a logging handler or a hook call the API?"
     assert access_token(outer.outcome) == "t"
     assert herd.sent == [0]
 
@@ -629,6 +630,33 @@ def test_what_the_log_says_of_the_life_of_a_token(log: Log) -> None:
     herd.credentials.replayed("t3", 401)
     refused = "the API refuses the new token of client 'abc' too (401). Check base_url and what it may do."
     assert log() == [("WARNING", f"{endpoint}: {refused}")]
+
+
+def test_each_record_of_the_log_has_fields(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "nexus_auth")
+    herd = Herd(response(503), token("t1", 90), NO_ROUTE, token("t2"))
+    herd.call()
+    herd.wait(60)
+    herd.call()
+    herd.call("t1")
+    herd.credentials.replayed("t2", 401)
+    records = [(record.levelname, vars(record)) for record in caplog.records]
+    assert [level for level, _ in records] == ["WARNING", "DEBUG", "WARNING", "DEBUG", "INFO", "WARNING"]
+    assert {fields["client_id"] for _, fields in records} == {"abc"}
+    assert {fields["token_endpoint"] for _, fields in records} == {CLIENT.token_endpoint}
+    pause, *others = [fields.get("seconds") for _, fields in records]
+    assert pause is not None
+    assert 0.25 <= pause <= 0.5
+    assert pause == round(pause, 3)
+    assert others == [90, None, 3600, None, None]
+
+
+@pytest.mark.parametrize(("now", "left"), [(NOW, 600), (NOW + 599, 1), (NOW + 600, 0), (NOW + 601, 0)])
+def test_the_seconds_that_are_left(now: float, left: float) -> None:
+    credentials = Credentials(CLIENT, Endpoint(), clock=lambda: now)
+    assert credentials.seconds_left() == 0
+    credentials.known = Known(FRESH)
+    assert credentials.seconds_left() == left
 
 
 # Over real sockets

@@ -54,6 +54,13 @@ def verdict(answer: Response | Failed) -> Fault:
 # What is wrong
 
 
+ADVICE = {
+    BUSY: "Try again later.",
+    REFUSED: "Check client_id, client_secret and scope: are they of this environment?",
+    UNREACHABLE: "Check network, proxy and TLS settings; those of a session= or client= that you lend apply.",
+}
+
+
 @pytest.mark.parametrize(
     ("answer", "kind", "reason"),
     [
@@ -76,7 +83,7 @@ def test_what_is_wrong(answer: Answer, kind: FaultKind, reason: str) -> None:
     fault = verdict(answer.answer)
     assert fault.kind is kind
     assert fault.reason.startswith(reason)
-    assert fault.advice
+    assert fault.advice == ADVICE.get(kind, "Check token_endpoint; if it is right, try again later.")
 
 
 def test_a_fault_keeps_what_an_error_tells() -> None:

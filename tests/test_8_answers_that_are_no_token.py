@@ -20,6 +20,7 @@ from nexus_auth.grant import Fault, FaultKind, Grant, judge, unpacked
 from nexus_auth.secret import HiddenText
 from nexus_auth.steps import MAX_BODY, Client, Response
 from nexus_auth.testing import NexusSandbox
+from nexus_auth.value import replace
 
 CLIENT = Client("https://identity.example/token", "id", HiddenText("s3cret"), "api1")
 TOKEN = b'{"access_token": "a", "token_type": "Bearer"}'
@@ -93,6 +94,14 @@ def test_an_oauth_error_is_a_refusal_whatever_its_status(status: int, error: str
     assert (fault.error, fault.error_description, fault.status_code) == (error, "no such client", status)
     assert fault.reason == f"refused client 'id': {error}, no such client (HTTP {status})"
     assert fault.advice == "Check client_id, client_secret and scope: are they of this environment?"
+
+
+def test_an_error_code_is_shown_where_the_secret_is_a_word_of_it() -> None:
+    client = replace(CLIENT, client_secret=HiddenText("client"))
+    document = {"error": "invalid_client", "error_description": "no such client"}
+    fault = judge(Response(400, {}, json.dumps(document).encode()), client, wall_clock=0.0)
+    assert isinstance(fault, Fault)
+    assert (fault.error, fault.error_description) == ("invalid_client", "(withheld: the secret is in it)")
 
 
 @pytest.mark.parametrize("document", [{"error": 7}, {"error": []}, {"error": None, "error_description": {}}])
