@@ -251,10 +251,14 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         return kind()
 
     def _check_kind(self, kind: Any) -> None:
-        """Raise `TypeError` if a client is lent that is not of the `kind` that a call takes."""
+        """Raise an error if a client is lent that is closed, or not of the `kind` that a call takes."""
         lent = self._borrowed
-        if lent is not None and not isinstance(lent, kind):
-            raise TypeError(f"this call takes a {kind.__name__}, and the client lent to its auth is another")
+        if lent is None:
+            return
+        if not isinstance(lent, kind):
+            raise TypeError(f"this call takes a client of kind {kind.__name__}; its auth was lent another")
+        if lent.is_closed is True:  # a mock may say anything
+            raise RuntimeError("the client that is lent for token requests has been closed")
 
     def _sender(self, kind: Any) -> "Sender":
         """Return what sends a request through the transport of the client that is lent, if one is, of that `kind`.
@@ -264,8 +268,6 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         lent = self._borrowed
         if lent is None:
             return Sender(None)
-        if lent.is_closed is True:
-            raise RuntimeError("the client that is lent for token requests has been closed")
         if send := own_send(lent):
             return Sender(send)
         # There is no public way to the transport that a client takes for a URL: its mounts and proxies choose it.

@@ -180,12 +180,11 @@ class BaseAuth(ABC):
         """Return the token to send `request` with once more after a 401; None: leave it at that."""
         if isinstance(decision, GiveUp):
             return None
-        token = self._token(decision, request)
         if not call.repeatable:
             message = "%s %s: not sent again after a 401, since its body cannot be"
             logger.info(message, request.method, request.url, extra=self._log_fields(request.url))
             return None
-        return token
+        return self._token(decision, request)
 
     @contextlib.contextmanager
     def _replay(self, call: Call) -> Generator[list[int], None, None]:

@@ -50,6 +50,7 @@ STORE_TIME = 2 * STORE_LIMIT  # seconds that may pass with a store between the t
 PREPARE_LIMIT = 10.0  # seconds for the keys to what is in it, which takes so long only beside many other processes
 AHEAD_PAUSE = 1.0  # seconds without a renewal ahead of expiry, while another caller makes one
 TURN_MARGIN = 1.0  # seconds that a turn lasts longer than its token request should
+KEPT_REFUSED = 8  # access tokens that the API has refused last
 KEPT = 1024  # API clients whose token is kept while no auth object holds it
 
 
@@ -79,6 +80,7 @@ class Attempt:
     sends_at: float = 0.0  # no token request before this moment
     reason: str = ""  # why not
     announced: str = ""  # what was last logged as waited for
+    is_sent: bool = False  # the token request of that permit, which may arrive from then on
     has_shared_turn: bool = False
     shared_looks: int = 0  # at the store, in vain
 
@@ -98,11 +100,17 @@ class Credentials:
         self._name = f"token endpoint {client.token_endpoint}"
         self._log_fields = {"client_id": client.client_id, "token_endpoint": client.token_endpoint}
         self.known: Known = Known()
+        self._refused: tuple[str, ...] = ()  # access tokens, the last ones; one may be in a store that was out of order
         self._endpoint = endpoint
         self._shared = shared
         self._clock = clock
         self._wall_clock = wall_clock
         self.free_turns()
+
+    def forget(self) -> None:
+        """Know nothing of any token."""
+        self.known = Known()
+        self._refused = ()
 
     def free_turns(self) -> None:
         """Free the turns to fetch: one for all threads, and one for each event loop.
@@ -131,6 +139,8 @@ class Credentials:
         if place.loop is not None:
             with LOCK:
                 turn = self._loop_turns.setdefault(place.loop, Turn())
+        if refused is not None and refused not in self._refused:
+            self._refused = (*self._refused, refused)[-KEPT_REFUSED:]
         attempt = Attempt(place.caller, turn, refused)
         attempt.steps = self._obtain(call, attempt)
         return attempt.steps
@@ -172,8 +182,7 @@ class Credentials:
             decision = yield from self._approach(call, attempt)
             if self._shared is not None and not isinstance(decision, Use):
                 yield from self._look_for_token(self._shared, call, attempt)
-                again = decide(self.known, self._clock(), call, attempt.refused)
-                decision = again if isinstance(again, Use) else decision
+                decision = _use_if_possible(decide(self.known, self._clock(), call, attempt.refused)) or decision
             if attempt.has_shared_turn and self._shared is not None and attempt.turn.is_of(attempt.steps):
                 shared = self._shared
                 yield from self._in_store(lambda: shared.give_back_turn(attempt.turn.owner), False)
@@ -181,6 +190,8 @@ class Credentials:
         finally:  # on cancellation too, when nothing can be yielded: what is held in a store runs out by itself
             attempt.turn.give_back(attempt.steps)
             self._endpoint.leave_line(attempt.permit)
+            if not attempt.is_sent:
+                self._endpoint.give_back(attempt.permit)
             call.spent += self._clock() - call.begun_at
 
     def _approach(self, call: Call, attempt: Attempt) -> Steps[Decision]:
@@ -211,7 +222,7 @@ class Credentials:
     ) -> Decision | None:
         """Return what `call` comes to if it need not, or must not, wait; None: it waits."""
         if isinstance(decision, Fetch) and decision.fallback is not None:
-            self._postpone(max(wait.until, now + AHEAD_PAUSE))
+            self._postpone(min(max(wait.until, now + AHEAD_PAUSE), wait.retry_at))
             return Use(decision.fallback)
         if now >= call.deadline:
             return over(call, now, attempt.refused, wait.retry_at, wait.reason)
@@ -230,7 +241,23 @@ class Credentials:
             wait = yield from self._shared_turn(self._shared, call, attempt, fallback)
         if wait is None:
             wait = yield from self._permit(call, attempt)
+        if wait is None and self._is_outdated(known, call):  # by what came while the store was at work
+            yield from self._give_back_permit(attempt)
+            return LOOK_AGAIN
         return wait
+
+    def _is_outdated(self, known: Known, call: Call) -> bool:
+        """Tell whether the decision to fetch, made of what was `known`, no longer stands."""
+        now = self._clock()
+        is_spent = now >= call.deadline and call.token_requests > 0
+        return self.known is not known or self._endpoint.closed_until > now or is_spent
+
+    def _give_back_permit(self, attempt: Attempt) -> Steps[None]:
+        """Free the permit of a token request that is not sent."""
+        permit, attempt.permit = attempt.permit, new_owner()
+        self._endpoint.give_back(permit)
+        if self._shared is not None:
+            yield from self._in_store(functools.partial(self._shared.give_back_permit, permit), False)
 
     def _postpone(self, until: float) -> None:
         """Try no renewal ahead of expiry before `until`."""
@@ -269,7 +296,7 @@ class Credentials:
         def concerns(failure: Failure) -> bool:
             return fallback is not None or failure.holds_for(call, self._clock())
 
-        familiar = yield from self._familiar(shared, attempt)
+        familiar = yield from self._familiar(shared)
         look = functools.partial(shared.look, attempt.turn.owner, call.limits.timeout + TURN_MARGIN, familiar, concerns)
         news: News | None = yield from self._in_store(look, None)
         now = self._clock()
@@ -294,21 +321,23 @@ class Credentials:
 
     def _look_for_token(self, shared: Shared, call: Call, attempt: Attempt) -> Steps[None]:
         """Keep the token that another process has brought meanwhile: no call ends without one that is there."""
-        familiar = yield from self._familiar(shared, attempt)
+        familiar = yield from self._familiar(shared)
         news: News | None = yield from self._in_store(functools.partial(shared.look_for_token, familiar), None)
         if news is not None and news.token is not None:
             self._land_shared(news.token, call, attempt)
 
-    def _familiar(self, shared: Shared, attempt: Attempt) -> Steps[set[str | None]]:
+    def _familiar(self, shared: Shared) -> Steps[set[str | None]]:
         """Return the access tokens that are no news, once what is in the store can be read."""
         if not shared.is_prepared:
             yield CallStore(shared.prepare, PREPARE_LIMIT)
         token = self.known.token
-        return {attempt.refused, token.access_token if token else None}
+        return {*self._refused, token.access_token if token else None}
 
     def _land_shared(self, token: Token, call: Call, attempt: Attempt) -> None:
-        """Keep a token of another process."""
+        """Keep a token of another process; only a call that has looked in vain before has waited for it."""
         now = self._clock()
+        if attempt.shared_looks:
+            token = replace(token, arrived_at=now)
         self._change(lambda known: landed(known, token, call, now, attempt.refused))
         if attempt.refused is not None:
             call.renewed = token.access_token  # its replay says whether the renewal of the other has helped
@@ -334,6 +363,7 @@ class Credentials:
         """Send a token request, and keep what the answer says."""
         asked_at = self._clock()
         call.token_requests += 1
+        attempt.is_sent = True
         answer = yield SendTokenRequest(self.client, call.limits.timeout, call.deadline - asked_at)
         now = self._clock()
         self._endpoint.answered(attempt.permit, now)
@@ -342,7 +372,7 @@ class Credentials:
             outcome: Token | Failure | None = self._land(verdict, call, attempt, asked_at, now)
         else:
             outcome = self._fail(verdict, call, attempt, now, ahead=ahead)
-        permit, attempt.permit = attempt.permit, new_owner()
+        permit, attempt.permit, attempt.is_sent = attempt.permit, new_owner(), False
         if self._shared is not None:
             shared, closed_for = self._shared, self._endpoint.closed_until - now
             attempt.has_shared_turn = outcome is None
@@ -411,6 +441,13 @@ class Credentials:
         return None
 
 
+def _use_if_possible(decision: Decision) -> Use | None:
+    """Return the use of a token that serves, even if it is time to renew it."""
+    if isinstance(decision, Fetch) and decision.fallback is not None:
+        return Use(decision.fallback)
+    return decision if isinstance(decision, Use) else None
+
+
 def _wait_for(other: Holder, call: Call, attempt: Attempt, now: float) -> Wait:
     """Return the wait for the token request of another caller."""
     if other.caller == attempt.caller:
@@ -441,7 +478,7 @@ def forget_tokens() -> None:
     """Forget every token, remembered failure and quota count of this process. For tests."""
     with LOCK:
         for credentials in list(_live.values()):
-            credentials.known = Known()
+            credentials.forget()
         for endpoint in _endpoints.values():
             endpoint.forget()
 

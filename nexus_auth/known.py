@@ -86,7 +86,7 @@ class Failure(Value):
         return call.limits.timeout <= self.timeout and call.budget <= self.max_wait
 
 
-class Renewals(Value):
+class Renewals(Value, hidden={"on_trial"}):
     """What is known of renewals after a 401: how long to leave it after some that did not help."""
 
     pause: float = 0.0  # the last one
@@ -169,13 +169,13 @@ def landed(known: Known, token: Token, call: Call, now: float, refused: str | No
     after = replace(known, token=token, failure=None, ahead_after=0.0)
     if refused is None:
         return after
-    if token.access_token == refused:
-        return fruitless(after, now)
-    has_replay = call.repeatable and not call.insists
-    renewals = replace(known.renewals, on_trial=token.access_token, has_replay=has_replay)
+    renewals = known.renewals
     if not call.repeatable:
         renewals = replace(renewals, unrepeatable_after=now + UNREPEATABLE_PAUSE)
-    return replace(after, renewals=renewals)
+    if token.access_token == refused:
+        return fruitless(replace(after, renewals=renewals), now)
+    has_replay = call.repeatable and not call.insists
+    return replace(after, renewals=replace(renewals, on_trial=token.access_token, has_replay=has_replay))
 
 
 def failed(

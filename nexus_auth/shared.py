@@ -45,7 +45,7 @@ class Shared:
 
     def __init__(self, store: Store, client: Client, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
-        self._seal = Seal(client.client_secret, client.token_endpoint, client.client_id, client.scope)
+        self._seal = Seal(client)
         self._clock = clock
         endpoint = hashlib.sha256(client.token_endpoint.encode()).hexdigest()
         self._quota, self._closed = f"quota:{endpoint}", f"closed:{endpoint}"
@@ -134,6 +134,11 @@ class Shared:
         self._health.call(tell, None, self._clock)
         return True
 
+    def give_back_permit(self, permit: str) -> bool:
+        """Free the permit of a token request that is not sent."""
+        self._health.call(lambda: self._store.release(self._quota, permit, 0.0), None, self._clock)
+        return True
+
     def give_back_turn(self, owner: str) -> bool:
         """Free the turn to fetch, if it is that of `owner`."""
         self._health.call(lambda: self._store.release(self._seal.name("turn"), owner, 0.0), None, self._clock)
@@ -164,10 +169,11 @@ def _token_to_json(token: Token) -> dict[str, Any]:
 
 
 def _token_from_json(document: dict[str, Any], now: float, left: float) -> Token:
-    lifetime = document["lifetime"]
+    """Return the token of a row, which was there before whoever finds it asked for it."""
+    access_token, lifetime = str(document["access_token"]), document["lifetime"]
     if lifetime is None:
-        return Token.granted(str(document["access_token"]), math.inf, now, now)
-    return Token.granted(str(document["access_token"]), float(lifetime), now + left - float(lifetime), now)
+        return Token.granted(access_token, math.inf, asked_at=now, arrived_at=-math.inf)
+    return Token.granted(access_token, float(lifetime), asked_at=now + left - float(lifetime), arrived_at=-math.inf)
 
 
 def _failure_to_json(failure: Failure) -> dict[str, Any]:

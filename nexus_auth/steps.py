@@ -18,7 +18,8 @@ T = TypeVar("T")
 class Client(Value):
     """An API client and the scope it asks for: whom a token belongs to.
 
-    Every field goes into the token request, and all of them together are the key under which a token is shared.
+    Every field goes into the token request, and all of them together are the key under which a token is shared, in the
+    process and in a store.
     """
 
     token_endpoint: str

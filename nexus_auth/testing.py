@@ -199,7 +199,10 @@ class NexusSandbox:
             self._tokens.clear()
 
     def wait_for(self, *, token_requests: int = 0, requests: int = 0, timeout: float = 10.0) -> None:
-        """Wait until so many are in the lists of these names. Raises `TimeoutError` after `timeout` seconds."""
+        """Wait until so many are in the lists of these names. Raises `TimeoutError` after `timeout` seconds.
+
+        It blocks: in a coroutine, `await asyncio.to_thread(nexus.wait_for, token_requests=1)`.
+        """
 
         def are_here() -> bool:
             return len(self.token_requests) >= token_requests and len(self.requests) >= requests

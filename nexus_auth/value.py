@@ -36,10 +36,12 @@ class Value:
         setattr(cls, "__match_args__", cls._names)  # noqa: B010  # type checkers know it, and want no assignment
 
     def __init__(self, *args: object, **kwargs: object) -> None:
-        fields = {**self._defaults, **dict(zip(self._names, args, strict=False)), **kwargs}
-        if len(fields) != len(self._names) or len(args) > len(self._names):
-            raise TypeError(f"{type(self).__name__} takes {', '.join(self._names)}")
-        vars(self).update(fields)
+        names = self._names
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        fields = {**self._defaults, **given}
+        if len(given) != len(args) + len(kwargs) or fields.keys() != set(names):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(names)}")
+        vars(self).update((name, fields[name]) for name in names)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} does not change")

@@ -20,7 +20,9 @@ from nexus_auth.credentials import Credentials
 from nexus_auth.known import Call, Decision, GiveUp, Limits, TooLong, Use
 from nexus_auth.quota import Endpoint, Place
 from nexus_auth.secret import HiddenText
-from nexus_auth.steps import Client, Failed, Response, SendTokenRequest, Sleep, Steps
+from nexus_auth.shared import Shared
+from nexus_auth.steps import CallStore, Client, Failed, Response, SendTokenRequest, Sleep, Steps
+from nexus_auth.store import Store
 
 CLIENT = Client("https://id.example/connect/token", "abc", HiddenText("s3cret"), "api1")
 NOW = 1000.0  # when a table is looked at
@@ -125,9 +127,10 @@ class Herd:
     def now(self) -> float:
         return self.clock.now - self._start
 
-    def client(self, client: Client = CLIENT) -> Credentials:
+    def client(self, client: Client = CLIENT, store: Store | None = None) -> Credentials:
         """Return the credentials of an API client, of whose token nothing is known yet."""
-        return Credentials(client, self.endpoint, clock=self.clock, wall_clock=lambda: WALL_CLOCK)
+        shared = Shared(store, client, self.clock) if store is not None else None
+        return Credentials(client, self.endpoint, shared, self.clock, lambda: WALL_CLOCK)
 
     def start(
         self,
@@ -187,6 +190,10 @@ class Herd:
             assert step.seconds > 0
             caller.slept.append(step.seconds)
             self._expect(self.now + step.seconds, caller, None)
+            return
+        if isinstance(step, CallStore):
+            answer = step.function()
+            self._expect(self.now, caller, answer)
             return
         assert isinstance(step, SendTokenRequest)
         self.sent.append(self.now)

@@ -597,6 +597,20 @@ def test_a_renewal_ahead_that_is_broken_off_spoils_nothing(stale: Herd) -> None:
     assert access_token(stale.call()) == "t2"
 
 
+def test_a_call_within_a_renewal_ahead_that_is_broken_off_puts_off_no_other_for_long() -> None:
+    herd = Herd(token("t1", 90), token("t2", takes=5), token("t3"))
+    herd.call()
+    herd.wait(60)
+    outer = herd.start(caller="thread")
+    herd.wait(1)
+    inner = herd.start(caller="thread")
+    herd.wait(1)
+    assert access_token(inner.outcome) == "t1"
+    outer.break_off()
+    herd.wait(12)
+    assert access_token(herd.call()) == "t3"
+
+
 def test_what_the_log_says_of_the_life_of_a_token(log: Log) -> None:
     endpoint = "token endpoint https://id.example/connect/token"
     herd = Herd(response(503), token("t1", 90, takes=5))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
-from conftest import INSTALLED, Driver, GatedSandbox, Log, Reply, statuses, url
+from conftest import INSTALLED, Driver, GatedSandbox, Log, Reply, outcome, statuses, url
 from herd import (
     CLIENT,
     NO_ROUTE,
@@ -129,6 +129,11 @@ def test_the_same_token_again_is_no_renewal() -> None:
     again = replace(OLD, arrived_at=NOW)
     known = landed(Known(OLD, FAILURE, NOW + 9, PAUSED), again, a_call(), NOW, "old")
     assert known == Known(again, None, 0.0, replace(PAUSED, pause=8, after=NOW + 8, on_trial=None))
+
+
+def test_the_same_token_again_is_no_renewal_for_what_cannot_be_sent_again_either() -> None:
+    known = landed(Known(OLD), OLD, a_call(repeatable=False), NOW, "old")
+    assert known.renewals == Renewals(pause=1, after=NOW + 1, unrepeatable_after=NOW + 10)
 
 
 def test_a_pause_without_renewals_doubles_from_one_second_to_sixty() -> None:
@@ -740,6 +745,17 @@ def test_an_api_that_always_says_401(driver: Driver, sandbox: NexusSandbox) -> N
     for _ in range(20):
         assert driver.get(client, url(sandbox, "/forbidden")).status == 401
         assert driver.get(client, url(sandbox)).status == 200
+    assert len(sandbox.token_requests) == 2
+
+
+def test_what_cannot_be_sent_again_gets_its_401_though_its_renewal_fails(
+    driver: Driver, sandbox: NexusSandbox, signed: Any
+) -> None:
+    driver.get(signed, url(sandbox))
+    sandbox.revoke_tokens()
+    sandbox.fail_token_requests(status=400, json={"error": "invalid_client"})
+    assert driver.send(signed, "POST", url(sandbox), driver.generator([b"x"])).status == 401
+    assert isinstance(outcome(driver.get, signed, url(sandbox)), driver.door.TokenRequestError)
     assert len(sandbox.token_requests) == 2
 
 

@@ -261,7 +261,7 @@ def test_a_client_of_the_other_kind_is_lent(doors: list[Driver], sandbox: NexusS
         token: Any = outcome(driver.access_token, auth)
         assert type(call) is type(token) is TypeError
         assert str(call) == str(token)
-        assert str(call).endswith("Client, and the client lent to its auth is another")
+        assert str(call).endswith("Client; its auth was lent another")
     assert sandbox.token_requests == []
 
 

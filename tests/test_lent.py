@@ -22,6 +22,7 @@ from conftest import INSTALLED, Driver, Log, outcome, url
 from server import closed_port
 
 from nexus_auth import Environment, NexusAuthError, TokenRequestError, forget_tokens, grant
+from nexus_auth.quota import LIMIT
 from nexus_auth.testing import NexusSandbox
 
 ON_REQUESTS = pytest.mark.parametrize("driver", [name for name in INSTALLED if name == "requests"], indirect=True)
@@ -225,6 +226,16 @@ def test_what_is_lent_is_not_closed(driver: Driver, sandbox: NexusSandbox) -> No
 
 
 @ON_HTTPX
+def test_a_lent_client_that_is_closed_uses_up_no_quota(driver: Driver, sandbox: NexusSandbox) -> None:
+    lent = driver.client()
+    auth = driver.auth(sandbox, **driver.lend(lent))
+    driver.close(lent)
+    for _ in range(LIMIT):
+        assert isinstance(outcome(driver.access_token, auth), RuntimeError)
+    assert driver.access_token(driver.auth(sandbox, max_wait=0))
+
+
+@ON_HTTPX
 def test_a_lent_client_that_is_closed_is_not_opened_again(driver: Driver, sandbox: NexusSandbox) -> None:
     lent = driver.client()
     client = driver.client(driver.auth(sandbox, **driver.lend(lent)))
@@ -241,7 +252,7 @@ def test_a_client_of_the_other_kind_is_refused_though_the_token_is_there(library
     lent = kinds.AsyncClient(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     arguments = sandbox.client_id, sandbox.client_secret, sandbox.environment
     assert door.NexusAuth(*arguments).access_token()
-    with pytest.raises(TypeError, match="this call takes a Client, and the client lent to its auth is another"):
+    with pytest.raises(TypeError, match="this call takes a client of kind Client; its auth was lent another"):
         door.NexusAuth(*arguments, client=lent).access_token()
 
 

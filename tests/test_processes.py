@@ -99,7 +99,7 @@ class Processes:
         return [status for process in self.started for status in json.loads(process.communicate(timeout=90)[0] or "[]")]
 
 
-@pytest.fixture(params=["SQLite", "Redis"])
+@pytest.fixture(params=["SQLite", pytest.param("Redis", marks=pytest.mark.slow)])
 def processes(gated: GatedSandbox, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Processes]:
     store: Path | str = tmp_path / "store"
     if request.param == "Redis":

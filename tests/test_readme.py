@@ -58,7 +58,8 @@ def test_example(
     exec(compile(source, "an example of the README", "exec"), names)
     for test in [value for name, value in names.items() if name.startswith("test_")]:
         with NexusSandbox() as nexus:
-            test(nexus)
+            fixtures = {"nexus": nexus}
+            test(**{name: fixtures[name] for name in inspect.signature(test).parameters})
     if "print(" in example:
         assert "Successfully" in capsys.readouterr().out
 

@@ -34,7 +34,6 @@ from server import Server, closed_port, running_server
 
 import nexus_auth.store
 from nexus_auth.secret import HiddenText
-from nexus_auth.shared import News, Shared
 from nexus_auth.steps import Client
 from nexus_auth.store import RedisStore, SQLiteStore, Store, StoreError, _redis, _sqlite, open_store
 from nexus_auth.store._seal import Seal
@@ -755,13 +754,15 @@ class TestProcesses:
             ("sqlite3", "open_store(where).get('name')"),
             ("redis", "open_store('redis://127.0.0.1:1')"),
             ("encodings.idna", "open_store('redis://127.0.0.1:1')"),
-            ("cryptography", "Seal('secret', 'endpoint', 'id', 'scope').name('token')"),
+            ("cryptography", "Seal(Client('endpoint', 'id', HiddenText('secret'), 'scope')).name('token')"),
         ],
     )
     def test_a_child_forked_in_the_middle_of_an_import_works(self, module: str, use: str, tmp_path: Path) -> None:
         script = """
             import os, signal, sys, threading, time
             from importlib.abc import MetaPathFinder
+            from nexus_auth.secret import HiddenText
+            from nexus_auth.steps import Client
             from nexus_auth.store import open_store
             from nexus_auth.store._seal import Seal
             where, module, use = sys.argv[1:]
@@ -947,24 +948,13 @@ class TestRedis:
 CLIENT = ("s3cret", "https://identity.example/token", "client", "api1 api2")
 
 
-class TestWhatIsShared:
-    def test_a_row_that_says_something_else_is_no_news(self) -> None:
-        """It may be that of another version."""
-        store, client = MemoryStore(), Client(CLIENT[1], CLIENT[2], HiddenText(CLIENT[0]), CLIENT[3])
-        seal = Seal(*CLIENT)
-        for document in (b"no JSON", b"[]", b"{}", b'{"access_token": "t"}', b'{"access_token": "t", "lifetime": "x"}'):
-            store.put(seal.name("token"), seal.seal("token", document), 60)
-            assert Shared(store, client).look_for_token(set()) == News()
-        store.put(seal.name("token"), seal.seal("token", b'{"access_token": "t", "lifetime": 90}'), 60)
-        token = Shared(store, client, clock=lambda: 1000.0).look_for_token(set()).token
-        assert token is not None
-        assert (token.access_token, token.lifetime, token.arrived_at) == ("t", 90, 1000)
-        assert token.expires_at == pytest.approx(1060, abs=1)
+def seal_of(client_secret: str, token_endpoint: str, client_id: str, scope: str) -> Seal:
+    return Seal(Client(token_endpoint, client_id, HiddenText(client_secret), scope))
 
 
 class TestSeals:
     def test_what_is_sealed_is_found_and_opened_by_the_same_client(self) -> None:
-        mine, again = Seal(*CLIENT), Seal(*CLIENT)
+        mine, again = seal_of(*CLIENT), seal_of(*CLIENT)
         for plaintext in (b"", b"token", b"x" * 20_000):
             sealed = mine.seal("token", plaintext)
             assert again.open("token", sealed) == plaintext
@@ -985,12 +975,12 @@ class TestSeals:
         ],
     )
     def test_another_secret_endpoint_id_or_scope_has_nothing_in_common(self, client: tuple[str, str, str, str]) -> None:
-        mine, other = Seal(*CLIENT), Seal(*client)
+        mine, other = seal_of(*CLIENT), seal_of(*client)
         assert mine.name("token") != other.name("token")
         assert other.open("token", mine.seal("token", b"token")) is None
 
     def test_any_bit_that_is_flipped_or_cut_off_leaves_nothing(self) -> None:
-        seal = Seal(*CLIENT)
+        seal = seal_of(*CLIENT)
         sealed = seal.seal("token", b"token")
         for index in range(len(sealed)):
             for bit in range(8):
@@ -1001,7 +991,7 @@ class TestSeals:
             assert seal.open("token", sealed[index + 1 :]) is None
 
     def test_nothing_of_the_client_can_be_read(self) -> None:
-        seal = Seal(*CLIENT)
+        seal = seal_of(*CLIENT)
         before = f"{seal!r} {vars(seal)}"
         row = seal.name("token") + repr(seal.seal("token", b"readable"))
         for part in (*CLIENT, "readable"):
@@ -1019,7 +1009,7 @@ class TestSeals:
             return scrypt(password, **options)
 
         monkeypatch.setattr(hashlib, "scrypt", counted)
-        seal = Seal(*CLIENT)
+        seal = seal_of(*CLIENT)
         assert not calls
         with ThreadPoolExecutor(4) as pool:
             assert len(set(pool.map(seal.name, ["token"] * 8))) == 1
@@ -1028,7 +1018,7 @@ class TestSeals:
 
     def test_rows_of_this_version_are_found_by_the_next(self) -> None:
         """Whatever changes the name has to change the version, and so does what changes the key."""
-        seal = Seal(*CLIENT)
+        seal = seal_of(*CLIENT)
         sealed = bytes.fromhex("092b8fe4c89e97d1d181d60e1bcb703f27baff93edbd283ef049927ad67c00a4f7")
         assert seal.name("token") == "token:b7836f9822842dc30c4a66263523b3c2e98dead08946924e4ebe56659de4318e"
         assert seal.open("token", sealed) == b"value"

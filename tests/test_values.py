@@ -25,7 +25,7 @@ class Other(Value):
 POINT = Point(1.0)
 
 
-@pytest.mark.parametrize("same", [Point(1.0, 2.0), Point(x=1.0), Point(1.0, y=2.0, secret="")])
+@pytest.mark.parametrize("same", [Point(1.0, 2.0), Point(x=1.0), Point(y=2.0, secret="", x=1.0)])
 def test_values_with_equal_fields_are_one(same: Point) -> None:
     assert same == POINT
     assert {same, POINT} == {POINT}
@@ -48,7 +48,9 @@ def test_a_value_does_not_change() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"), [((), {}), ((), {"y": 1.0}), ((1.0, 2.0, "", ""), {}), ((1.0,), {"z": 1.0})]
+    ("arguments", "named"),
+    [((), {}), ((), {"y": 1.0}), ((1.0, 2.0, "", ""), {}), ((1.0,), {"z": 1.0}), ((), {"y": 1.0, "z": 1.0}),
+     ((1.0,), {"x": 1.0})],
 )
 def test_a_value_takes_its_fields_and_nothing_else(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="Point takes x, y, secret"):

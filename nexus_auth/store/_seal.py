@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, NoReturn
 
 from ..secret import HiddenText
+from ..steps import Client
 from ..value import Value
 from ._fork import deriving
 
@@ -34,11 +35,11 @@ class Seal:
     go. A `Seal` is not pickled.
     """
 
-    def __init__(self, client_secret: str, token_endpoint: str, client_id: str, scope: str) -> None:
-        # JSON marks where each part ends: no two clients have one text.
-        client = json.dumps([_VERSION, token_endpoint, client_id, scope])
-        self._salt = hashlib.sha256(client.encode()).digest()
-        self._secret_or_keys: HiddenText | _Keys = HiddenText(client_secret)
+    def __init__(self, client: Client) -> None:
+        # JSON marks where each field ends: no two clients have one text. The secret goes into the key.
+        public = [value for name, value in vars(client).items() if name != "client_secret"]
+        self._salt = hashlib.sha256(json.dumps([_VERSION, *public]).encode()).digest()
+        self._secret_or_keys: HiddenText | _Keys = client.client_secret
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Seal is not pickled: it holds the key to the tokens in a store")
