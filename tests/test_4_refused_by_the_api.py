@@ -751,8 +751,6 @@ def test_an_api_that_always_says_401(driver: Driver, sandbox: NexusSandbox) -> N
 def test_what_cannot_be_sent_again_gets_its_401_though_its_renewal_fails(
     driver: Driver, sandbox: NexusSandbox, signed: Any
 ) -> None:
-    driver.get(signed, url(sandbox))
-    sandbox.revoke_tokens()
     sandbox.fail_token_requests(status=400, json={"error": "invalid_client"})
     assert driver.send(signed, "POST", url(sandbox), driver.generator([b"x"])).status == 401
     assert isinstance(outcome(driver.get, signed, url(sandbox)), driver.door.TokenRequestError)
