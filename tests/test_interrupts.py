@@ -695,6 +695,7 @@ anyio.run(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", [name for name in ("httpx", "httpx2") if name in INSTALLED][:1])
 def test_the_event_loop_is_not_blocked_while_another_thread_imports(library: str, sandbox: NexusSandbox) -> None:
     arguments = [sandbox.environment.token_endpoint, sandbox.environment.base_url, sandbox.client_id]

@@ -194,6 +194,7 @@ def test_restarts_of_the_server_fail_no_call(processes: Processes, gated: GatedS
         assert set(processes.said()) == {200}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal_name", ["SIGSTOP", "SIGKILL"])
 @in_redis
 def test_a_server_that_is_away_fails_no_call(
@@ -229,6 +230,7 @@ def test_a_wrong_secret_costs_one_token_request_and_leaves_the_right_one_alone(
     assert len(gated.token_requests) == 2
 
 
+@pytest.mark.slow
 def test_retry_after_closes_the_endpoint_for_all_processes(processes: Processes, gated: GatedSandbox) -> None:
     gated.gate.set()
     gated.fail_token_requests(times=9, status=429, retry_after=600)
@@ -239,6 +241,7 @@ def test_retry_after_closes_the_endpoint_for_all_processes(processes: Processes,
     assert len(gated.token_requests) == 1
 
 
+@pytest.mark.slow
 @in_a_folder
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no kill -9")
 def test_a_process_that_is_killed_while_it_fetches_holds_up_nobody_for_long(

@@ -192,7 +192,9 @@ def assert_fails_twice_and_tells_nothing(driver: Driver, auth: Any, base_url: st
     return errors[1]
 
 
-@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize(
+    "scene", [pytest.param(scene, marks=[pytest.mark.slow] if "spelt" in scene else []) for scene in SCENES]
+)
 def test_whatever_the_token_endpoint_says(driver: Driver, all_logs: None, scene: str) -> None:
     with NexusSandbox(client_secret=SECRET) as sandbox:
         answer: dict[str, Any] = {"status": 200, **SCENES[scene]}
