@@ -98,7 +98,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             self._say_no_token_sent(request.url)
             yield request
             return
-        call, body = Call(self._limits), Body.of(request.stream, self.library)
+        call, body = Call(self._limits), Body(request.stream, self.library)
         token = self._fresh_token() or self._token(self._obtain(call), request)
         request.headers["Authorization"] = token.authorization
         response = yield request
@@ -118,7 +118,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             self._say_no_token_sent(request.url)
             yield request
             return
-        call, body = Call(self._limits), Body.of(request.stream, self.library)
+        call, body = Call(self._limits), Body(request.stream, self.library)
         token = self._fresh_token() or self._token(await self._obtain_async(call), request)
         request.headers["Authorization"] = token.authorization
         response = yield request
@@ -341,16 +341,12 @@ def _timed_out(seconds: float) -> Failed:
     return Failed("ReadTimeout", f"there was no whole answer in {seconds:.1f} s", timed_out=True)
 
 
-class Body(Value):
-    """The body of a request, and where its files stood before it was sent; None for files: it cannot be sent again."""
+class Body:
+    """The body that a stream reads, and where its files stood before it was sent."""
 
-    files: tuple[tuple[Any, int], ...] | None
-    byte_stream: type
-
-    @classmethod
-    def of(cls, stream: Any, library: Any) -> "Body":
-        """Return the body that `stream` reads."""
-        return cls(_positions(stream, library), library.ByteStream)
+    def __init__(self, stream: Any, library: Any) -> None:
+        self.files = _positions(stream, library)  # None: it cannot be sent again
+        self.byte_stream: type = library.ByteStream
 
     def rewind(self, stream: Any) -> bool:
         """Set the files back, and tell whether `stream` can be sent whole: a redirect may have made it another."""

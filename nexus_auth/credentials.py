@@ -98,7 +98,6 @@ class Credentials:
     ) -> None:
         self.client = client
         self._name = f"token endpoint {client.token_endpoint}"
-        self._log_fields = {"client_id": client.client_id, "token_endpoint": client.token_endpoint}
         self.known: Known = Known()
         self._refused: tuple[str, ...] = ()  # access tokens, the last ones; one may be in a store that was out of order
         self._endpoint = endpoint
@@ -106,6 +105,11 @@ class Credentials:
         self._clock = clock
         self._wall_clock = wall_clock
         self.free_turns()
+
+    @property
+    def _log_fields(self) -> dict[str, object]:
+        """What each record carries for structured logs."""
+        return {"client_id": self.client.client_id, "token_endpoint": self.client.token_endpoint}
 
     def forget(self) -> None:
         """Know nothing of any token."""
@@ -118,7 +122,7 @@ class Credentials:
         Who waited for another loop might wait for one that has ended, or that it holds up itself.
         """
         self._thread_turn = Turn()
-        self._loop_turns: weakref.WeakKeyDictionary[object, Turn] = weakref.WeakKeyDictionary()
+        self._loop_turns: weakref.WeakKeyDictionary[object, Turn] | None = None  # made when one comes: it is large
 
     def fresh_token(self, leeway: float) -> Token | None:
         """Return the token, if it is fresh."""
@@ -135,15 +139,18 @@ class Credentials:
 
         They come to `Use`, `Raise` or `TooLong`; to `GiveUp` only where a token was refused.
         """
-        turn = self._thread_turn
-        if place.loop is not None:
-            with LOCK:
-                turn = self._loop_turns.setdefault(place.loop, Turn())
+        turn = self._thread_turn if place.loop is None else self._turn_of(place.loop)
         if refused is not None and refused not in self._refused:
             self._refused = (*self._refused, refused)[-KEPT_REFUSED:]
         attempt = Attempt(place.caller, turn, refused)
         attempt.steps = self._obtain(call, attempt)
         return attempt.steps
+
+    def _turn_of(self, loop: object) -> Turn:
+        with LOCK:
+            if self._loop_turns is None:
+                self._loop_turns = weakref.WeakKeyDictionary()
+            return self._loop_turns.setdefault(loop, Turn())
 
     def is_on_trial(self, token: Token) -> bool:
         """Tell whether an answer to `token` may say whether its renewal has helped."""

@@ -111,6 +111,8 @@ class NexusAuth(BaseAuth, AuthBase):
 
     def _mend(self, call: Call, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
         """Return what comes of sending a request once more whose `token` the API refused, or `response`."""
+        if response.status_code != 401 and not self._credentials.is_on_trial(token):
+            return response
         # After redirects within the API it is that of the last one.
         request: requests.PreparedRequest | None = getattr(response, "request", None)
         if request is None:
