@@ -13,7 +13,6 @@ import os
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from .grant import Fault, FaultKind, Grant, Pause, judge, logger, pause_after
@@ -66,23 +65,24 @@ class Wait(Value):
 LOOK_AGAIN = Wait(0.0, 0.0, "", 0.0)  # something has changed: it is to be decided anew
 
 
-@dataclass(eq=False, repr=False)
 class Attempt:
     """What one call has done so far to fetch a token itself, in place of one that was `refused`."""
 
-    caller: object
-    turn: Turn
-    refused: str | None
-    steps: Steps[Decision] = field(init=False, repr=False)  # that make it
-    permit: str = field(default_factory=new_owner)  # owner of the permit of the next token request
-    tries: int = 0
-    busy_answers: int = 0
-    sends_at: float = 0.0  # no token request before this moment
-    reason: str = ""  # why not
-    announced: str = ""  # what was last logged as waited for
-    is_sent: bool = False  # the token request of that permit, which may arrive from then on
-    has_shared_turn: bool = False
-    shared_looks: int = 0  # at the store, in vain
+    steps: Steps[Decision]  # that make it
+
+    def __init__(self, caller: object, turn: Turn, refused: str | None) -> None:
+        self.caller = caller
+        self.turn = turn
+        self.refused = refused
+        self.tries: int = 0
+        self.busy_answers: int = 0
+        self.sends_at: float = 0.0  # no token request before this moment
+        self.reason: str = ""  # why not
+        self.announced: str = ""  # what was last logged as waited for
+        self.permit: str = new_owner()  # owner of the permit of the next token request
+        self.is_sent: bool = False  # that request, which may arrive from then on
+        self.has_shared_turn: bool = False
+        self.shared_looks: int = 0  # at the store, in vain
 
 
 class Credentials:

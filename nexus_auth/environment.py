@@ -1,7 +1,8 @@
 """Environments of Nexus: where a token is asked for, and where it may go."""
 
 import re
-from dataclasses import dataclass, field
+
+from .value import Value
 
 _URL = re.compile(
     r"""(?aix)
@@ -14,8 +15,7 @@ _URL = re.compile(
 _LOOPBACK = r"(?ai)localhost|127(\.[0-9]+){3}|\[::1\]"
 
 
-@dataclass(frozen=True)
-class Environment:
+class Environment(Value):
     """One installation of Nexus: its token endpoint, and the API that takes its tokens.
 
     `TEST` and `PRODUCTION` are the two that Quantoz documents. Raises `TypeError` for an argument that is no string,
@@ -23,14 +23,15 @@ class Environment:
     """
 
     name: str
-    token_endpoint: str = field(kw_only=True)
-    base_url: str = field(kw_only=True)
+    token_endpoint: str
+    base_url: str
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.isprintable():
+    def __init__(self, name: str, *, token_endpoint: str, base_url: str) -> None:
+        if not isinstance(name, str) or not name.isprintable():
             raise TypeError("name of an Environment must be a str of printable characters")
-        _check_url("token_endpoint", self.token_endpoint)
-        _check_url("base_url", self.base_url)
+        _check_url("token_endpoint", token_endpoint)
+        _check_url("base_url", base_url)
+        super().__init__(name, token_endpoint, base_url)
 
     def __str__(self) -> str:
         return f"token endpoint {self.token_endpoint} ({self.name})"

@@ -7,7 +7,6 @@ tabled. The functions are pure; their times are seconds on the monotonic clock.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from .grant import Fault, FaultKind
 from .token import State, Token, state_of
@@ -28,7 +27,6 @@ class Limits(Value):
     max_wait: float
 
 
-@dataclass(eq=False, repr=False)
 class Call:
     """One call of a user: its limits, and what it has spent of them.
 
@@ -36,13 +34,23 @@ class Call:
     place of the refused one, and has no 401 to be content with.
     """
 
-    limits: Limits
-    repeatable: bool = True
-    insists: bool = False
-    spent: float = 0.0  # seconds of `max_wait`, before the present wait
-    token_requests: int = 0
-    begun_at: float = math.inf  # the present wait
-    renewed: str | None = None  # the access token that this call fetched after a 401
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        repeatable: bool = True,
+        insists: bool = False,
+        spent: float = 0.0,
+        token_requests: int = 0,
+        begun_at: float = math.inf,
+    ) -> None:
+        self.limits = limits
+        self.repeatable = repeatable
+        self.insists = insists
+        self.spent = spent  # seconds of `max_wait`, before the present wait
+        self.token_requests = token_requests
+        self.begun_at = begun_at  # the present wait
+        self.renewed: str | None = None  # the access token that this call fetched after a 401
 
     @property
     def deadline(self) -> float:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -623,7 +622,7 @@ def test_the_event_loop_is_never_blocked(
     stranger.fail_token_requests(status=429)
     later, stored = loops.auth(stranger), loops.auth(stranger, store=SlowStore(LONG))
     closed = nowhere().token_endpoint.replace("http:", "https:")
-    environment = replace(sandbox.environment, token_endpoint=closed)
+    environment = value.replace(sandbox.environment, token_endpoint=closed)
     building = loops.auth(sandbox, environment=environment, max_wait=0)
     make = loops.library.AsyncClient.__init__
 
