@@ -248,23 +248,22 @@ class Credentials:
             wait = yield from self._shared_turn(self._shared, call, attempt, fallback)
         if wait is None:
             wait = yield from self._permit(call, attempt)
-        if wait is None and self._is_outdated(known, call):  # by what came while the store was at work
-            yield from self._give_back_permit(attempt)
+        if wait is None and self._shared is not None and self._is_outdated(known, call):
+            yield from self._give_back_permit(self._shared, attempt)
             return LOOK_AGAIN
         return wait
 
     def _is_outdated(self, known: Known, call: Call) -> bool:
-        """Tell whether the decision to fetch, made of what was `known`, no longer stands."""
+        """Tell whether the decision to fetch, made of what was `known`, no longer stands once the store was asked."""
         now = self._clock()
         is_spent = now >= call.deadline and call.token_requests > 0
         return self.known is not known or self._endpoint.closed_until > now or is_spent
 
-    def _give_back_permit(self, attempt: Attempt) -> Steps[None]:
+    def _give_back_permit(self, shared: Shared, attempt: Attempt) -> Steps[None]:
         """Free the permit of a token request that is not sent."""
         permit, attempt.permit = attempt.permit, new_owner()
         self._endpoint.give_back(permit)
-        if self._shared is not None:
-            yield from self._in_store(functools.partial(self._shared.give_back_permit, permit), False)
+        yield from self._in_store(functools.partial(shared.give_back_permit, permit), False)
 
     def _postpone(self, until: float) -> None:
         """Try no renewal ahead of expiry before `until`."""
