@@ -665,6 +665,17 @@ def test_each_record_of_the_log_has_fields(caplog: pytest.LogCaptureFixture) -> 
     assert others == [90, None, 3600, None, None]
 
 
+def test_what_is_waited_for_is_logged_once_with_its_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "nexus_auth")
+    herd = Herd(token("t"))
+    herd.endpoint.close(herd.clock() + 1)
+    herd.start(max_wait=1)
+    herd.run()
+    (level, fields), _ = [(record.levelname, vars(record)) for record in caplog.records]
+    assert (level, fields["client_id"], fields["token_endpoint"]) == ("DEBUG", "abc", CLIENT.token_endpoint)
+    assert fields["seconds"] == 1
+
+
 @pytest.mark.parametrize(("now", "left"), [(NOW, 600), (NOW + 599, 1), (NOW + 600, 0), (NOW + 601, 0)])
 def test_the_seconds_that_are_left(now: float, left: float) -> None:
     credentials = Credentials(CLIENT, Endpoint(), clock=lambda: now)
