@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import ssl
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,11 @@ from anyio.from_thread import start_blocking_portal
 from server import Server, closed_port, running_server
 
 from nexus_auth import Environment, forget_tokens, grant
+from nexus_auth.credentials import credentials_of
+from nexus_auth.secret import HiddenText
+from nexus_auth.steps import Client
 from nexus_auth.testing import NexusSandbox
+from nexus_auth.value import replace
 
 D = TypeVar("D", bound="Driver")
 T = TypeVar("T")
@@ -496,6 +501,29 @@ def log(caplog: pytest.LogCaptureFixture) -> Log:
         return records
 
     return look
+
+
+@pytest.fixture
+def in_variables(sandbox: NexusSandbox, monkeypatch: pytest.MonkeyPatch) -> NexusSandbox:
+    """A sandbox that the environment variables lead to."""
+    monkeypatch.setenv("NEXUS_CLIENT_ID", sandbox.client_id)
+    monkeypatch.setenv("NEXUS_CLIENT_SECRET", sandbox.client_secret)
+    monkeypatch.setenv("NEXUS_TOKEN_ENDPOINT", sandbox.environment.token_endpoint)
+    monkeypatch.setenv("NEXUS_BASE_URL", sandbox.environment.base_url)
+    return sandbox
+
+
+def grow_old(environment: Environment, client_id: str, client_secret: str, left: float) -> None:
+    """Leave the token so many seconds to live, and no more than half of its life."""
+    credentials = credentials_of(Client(environment.token_endpoint, client_id, HiddenText(client_secret), "api1"))
+    now, token = time.monotonic(), credentials.known.token
+    assert token is not None
+    old = replace(token, expires_at=now + left, half_life=now - 1)
+    credentials.known = replace(credentials.known, token=old)
+
+
+def grow_old_in(sandbox: NexusSandbox, left: float) -> None:
+    grow_old(sandbox.environment, sandbox.client_id, sandbox.client_secret, left)
 
 
 # Servers for stores

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import Driver, GatedSandbox, Log, outcome, statuses, url
+from conftest import Driver, GatedSandbox, Log, grow_old_in, outcome, statuses, url
 from herd import (
     CLIENT,
     NO_ROUTE,
@@ -28,12 +28,11 @@ from herd import (
 )
 
 from nexus_auth import quota
-from nexus_auth.credentials import Credentials, credentials_of
+from nexus_auth.credentials import Credentials
 from nexus_auth.grant import Fault, FaultKind
 from nexus_auth.known import Call, Decision, Failure, Fetch, Known, Raise, Renewals, TooLong, Use, decide, landed, told
 from nexus_auth.quota import Endpoint, Holder, Place, Turn
-from nexus_auth.secret import HiddenText
-from nexus_auth.steps import Client, Steps
+from nexus_auth.steps import Steps
 from nexus_auth.testing import NexusSandbox
 from nexus_auth.token import State, Token, state_of
 from nexus_auth.value import replace
@@ -687,19 +686,6 @@ def test_the_seconds_that_are_left(now: float, left: float) -> None:
 # Over real sockets
 
 
-def credentials_for(sandbox: NexusSandbox) -> Credentials:
-    secret = HiddenText(sandbox.client_secret)
-    return credentials_of(Client(sandbox.environment.token_endpoint, sandbox.client_id, secret, "api1"))
-
-
-def grow_old(sandbox: NexusSandbox, left: float) -> None:
-    """Leave the token so many seconds to live, and no more than half of its life."""
-    credentials, now = credentials_for(sandbox), time.monotonic()
-    assert credentials.known.token is not None
-    old = replace(credentials.known.token, expires_at=now + left, half_life=now - 1)
-    credentials.known = replace(credentials.known, token=old)
-
-
 def test_a_hundred_callers_at_once_cost_one_token_request_of_a_driver(driver: Driver, gated: GatedSandbox) -> None:
     client = driver.client(driver.auth(gated))
     calls = driver.in_background(lambda: driver.at_once([client] * 50, url(gated)))
@@ -746,7 +732,7 @@ def test_while_one_renews_the_others_go_on_of_a_driver(driver: Driver, gated: Ga
     gated.gate.set()
     client = driver.client(driver.auth(gated))
     driver.get(client, url(gated))
-    grow_old(gated, left=30)
+    grow_old_in(gated, left=30)
     gated.gate.clear()
     calls = driver.in_background(lambda: driver.at_once([client] * 10, url(gated)))
     gated.wait_for(token_requests=2, requests=10)  # the first, and nine of ten
@@ -765,7 +751,7 @@ def test_a_renewal_ahead_that_fails_is_not_felt_by_a_driver(
 ) -> None:
     client = driver.client(driver.auth(sandbox))
     driver.get(client, url(sandbox))
-    grow_old(sandbox, left=30)
+    grow_old_in(sandbox, left=30)
     sandbox.fail_token_requests(None, **fault)
     assert statuses(driver.at_once([client] * 5, url(sandbox))) == {200}
     assert driver.get(client, url(sandbox)).status == 200
@@ -778,7 +764,7 @@ def test_a_renewal_ahead_that_fails_is_not_felt_by_a_driver(
 def test_an_expired_token_is_replaced(driver: Driver, sandbox: NexusSandbox) -> None:
     client = driver.client(driver.auth(sandbox))
     driver.get(client, url(sandbox))
-    grow_old(sandbox, left=0)
+    grow_old_in(sandbox, left=0)
     assert driver.get(client, url(sandbox)) == (200, driver.get(client, url(sandbox)).body, [])
     assert len(sandbox.token_requests) == 2
 

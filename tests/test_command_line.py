@@ -97,13 +97,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture
-def nexus(sandbox: NexusSandbox, monkeypatch: pytest.MonkeyPatch) -> NexusSandbox:
+def nexus(in_variables: NexusSandbox) -> NexusSandbox:
     """A sandbox that the environment variables lead to."""
-    monkeypatch.setenv("NEXUS_CLIENT_ID", sandbox.client_id)
-    monkeypatch.setenv("NEXUS_CLIENT_SECRET", sandbox.client_secret)
-    monkeypatch.setenv("NEXUS_TOKEN_ENDPOINT", sandbox.environment.token_endpoint)
-    monkeypatch.setenv("NEXUS_BASE_URL", sandbox.environment.base_url)
-    return sandbox
+    return in_variables
 
 
 def spawn(*argv: str, module: str = "nexus_auth", **options: Any) -> subprocess.Popen[str]:

@@ -164,16 +164,7 @@ def test_the_timeout_of_a_factory_is_that_of_token_requests(driver: Driver, sand
     assert sandbox.requests == []
 
 
-@pytest.fixture
-def variables(sandbox: NexusSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set the environment variables to what they have to be for the sandbox."""
-    monkeypatch.setenv("NEXUS_CLIENT_ID", sandbox.client_id)
-    monkeypatch.setenv("NEXUS_CLIENT_SECRET", sandbox.client_secret)
-    monkeypatch.setenv("NEXUS_TOKEN_ENDPOINT", sandbox.environment.token_endpoint)
-    monkeypatch.setenv("NEXUS_BASE_URL", sandbox.environment.base_url)
-
-
-@pytest.mark.usefixtures("variables")
+@pytest.mark.usefixtures("in_variables")
 def test_a_factory_without_credentials_reads_the_environment_variables(driver: Driver, sandbox: NexusSandbox) -> None:
     client = driver.keep(driver.from_factory(scope="sanctionlist", iso8601=True))
     assert driver.get(client, "/customer").status == 200
@@ -181,7 +172,7 @@ def test_a_factory_without_credentials_reads_the_environment_variables(driver: D
     assert sandbox.requests[0].headers["request_iso8601"] == "true"
 
 
-@pytest.mark.usefixtures("variables")
+@pytest.mark.usefixtures("in_variables")
 def test_a_factory_with_some_credentials_names_what_is_missing(driver: Driver) -> None:
     arguments = {"client_id": "id", "client_secret": "s3cret", "environment": "test"}
     for count in (1, 2):

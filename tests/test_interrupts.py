@@ -25,13 +25,22 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
-from conftest import DRIVERS, INSTALLED, Answered, Driver, GatedSandbox, Sent, nowhere, outcome, url
+from conftest import (
+    DRIVERS,
+    INSTALLED,
+    Answered,
+    Driver,
+    GatedSandbox,
+    Sent,
+    grow_old,
+    grow_old_in,
+    nowhere,
+    outcome,
+    url,
+)
 
 import nexus_auth
 from nexus_auth import Environment, forget_tokens, grant, value
-from nexus_auth.credentials import credentials_of
-from nexus_auth.secret import HiddenText
-from nexus_auth.steps import Client
 from nexus_auth.testing import NexusSandbox
 from nexus_auth.threads import result_of, start_thread
 
@@ -54,19 +63,6 @@ class HardLimit(BaseException):
 def loops(request: pytest.FixtureRequest) -> Any:
     """An asynchronous driver without an event loop of its own."""
     return DRIVERS[request.param]()
-
-
-def grow_old(environment: Environment, client_id: str, client_secret: str, left: float) -> None:
-    """Leave the token so many seconds to live, and no more than half of its life."""
-    credentials = credentials_of(Client(environment.token_endpoint, client_id, HiddenText(client_secret), "api1"))
-    now, token = time.monotonic(), credentials.known.token
-    assert token is not None
-    old = value.replace(token, expires_at=now + left, half_life=now - 1)
-    credentials.known = value.replace(credentials.known, token=old)
-
-
-def grow_old_in(sandbox: NexusSandbox, left: float) -> None:
-    grow_old(sandbox.environment, sandbox.client_id, sandbox.client_secret, left)
 
 
 # Exceptions that are raised into a call

@@ -29,21 +29,16 @@ def nexus_logger() -> Iterator[logging.Logger]:
     logger.setLevel(logging.NOTSET)
 
 
-@pytest.mark.usefixtures("nexus_logger", "quick_retries")
+@pytest.mark.usefixtures("in_variables", "nexus_logger", "quick_retries")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.strip().splitlines()[-1][:30])
 def test_example(
     example: str,
     sandbox: NexusSandbox,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for module in NEEDED:
         pytest.importorskip(module, reason="its library is not installed")
-    monkeypatch.setenv("NEXUS_CLIENT_ID", sandbox.client_id)
-    monkeypatch.setenv("NEXUS_CLIENT_SECRET", sandbox.client_secret)
-    monkeypatch.setenv("NEXUS_TOKEN_ENDPOINT", sandbox.environment.token_endpoint)
-    monkeypatch.setenv("NEXUS_BASE_URL", sandbox.environment.base_url)
     sandbox.answer("/customer", json={"message": "Successfully processed your request"}, times=None)
     names: dict[str, Any] = {
         "client_id": sandbox.client_id,
