@@ -256,8 +256,7 @@ class Credentials:
     def _is_outdated(self, known: Known, call: Call) -> bool:
         """Tell whether the decision to fetch, made of what was `known`, no longer stands once the store was asked."""
         now = self._clock()
-        is_spent = now >= call.deadline and call.token_requests > 0
-        return self.known is not known or self._endpoint.closed_until > now or is_spent
+        return self.known is not known or self._endpoint.closed_until > now or call.is_spent(now)
 
     def _give_back_permit(self, shared: Shared, attempt: Attempt) -> Steps[None]:
         """Free the permit of a token request that is not sent."""
@@ -280,8 +279,8 @@ class Credentials:
         holder = Holder(attempt.caller, attempt.steps, sends_at, sends_at + hold)
         if other := attempt.turn.take(holder, now):
             return _wait_for(other, call, attempt, now)
-        if pause is None and now >= call.deadline and call.token_requests:
-            return Wait(now, now, "has given no token in time", LOOK)  # of a call that has spent its `max_wait`
+        if pause is None and call.is_spent(now):
+            return Wait(now, now, "has given no token in time", LOOK)
         return pause
 
     def _pause(self, call: Call, attempt: Attempt, now: float) -> Wait | None:

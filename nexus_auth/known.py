@@ -62,6 +62,10 @@ class Call:
         """The seconds that the present wait may take."""
         return self.limits.max_wait - self.spent
 
+    def is_spent(self, now: float) -> bool:
+        """Tell whether `max_wait` is over, so that no further token request starts; the first of a call may."""
+        return now >= self.deadline and self.token_requests > 0
+
     def was_under_way(self, moment: float) -> bool:
         """Tell whether the call was under way when the answer to a token request came, its own or another's."""
         return moment >= self.begun_at
