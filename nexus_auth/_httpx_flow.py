@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 T = TypeVar("T")
 Headers = Mapping[str, str] | Sequence[tuple[str, str]]
+Positions = tuple[tuple[Any, int], ...]  # files, and where each stood before it was sent
 ClientOptions = TypedDict("ClientOptions", {  # what both libraries take; Any is a type of theirs
     "params": Any, "headers": Headers, "cookies": Any, "verify": ssl.SSLContext | str | bool, "cert": Any,
     "trust_env": bool, "http1": bool, "http2": bool, "proxy": Any, "mounts": Mapping[str, Any], "timeout": Any,
@@ -98,14 +99,18 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             self._say_no_token_sent(request.url)
             yield request
             return
-        call, body = Call(self._limits), Body(request.stream, self.library)
-        token = self._fresh_token() or self._token(self._obtain(call), request)
+        call, files = None, _positions(request.stream, self.library)
+        token = self._credentials.fresh_token(self._limits.leeway)
+        if token is None:
+            call = Call(self._limits)
+            token = self._token(self._obtain(call), request)
         request.headers["Authorization"] = token.authorization
         response = yield request
         if not self._is_refused(token, response):
             return
         response.read()  # its connection is free for what follows
-        call.repeatable = body.rewind(response.request.stream)
+        call = call or Call(self._limits)
+        call.repeatable = _rewound(files, response.request.stream, self.library)
         decision = self._obtain(call, token.access_token)
         if renewed := self._replay_token(decision, call, response.request):
             with self._replay(call) as status_codes:
@@ -118,14 +123,18 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             self._say_no_token_sent(request.url)
             yield request
             return
-        call, body = Call(self._limits), Body(request.stream, self.library)
-        token = self._fresh_token() or self._token(await self._obtain_async(call), request)
+        call, files = None, _positions(request.stream, self.library)
+        token = self._credentials.fresh_token(self._limits.leeway)
+        if token is None:
+            call = Call(self._limits)
+            token = self._token(await self._obtain_async(call), request)
         request.headers["Authorization"] = token.authorization
         response = yield request
         if not self._is_refused(token, response):
             return
         await response.aread()
-        call.repeatable = body.rewind(response.request.stream)
+        call = call or Call(self._limits)
+        call.repeatable = _rewound(files, response.request.stream, self.library)
         decision = await self._obtain_async(call, token.access_token)
         if renewed := self._replay_token(decision, call, response.request):
             with self._replay(call) as status_codes:
@@ -138,7 +147,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
 
     def _is_refused(self, token: Token, response: Any) -> bool:
         """Tell whether the API refused `token`; learn what it answered, if that is wanted."""
-        if response.status_code != 401 and not self._credentials.is_on_trial(token):
+        if response.status_code != 401 and self._credentials.known.renewals.on_trial is None:
             return False
         request = response.request  # after redirects within the API, the last one
         if request.headers.get("Authorization") != token.authorization or not self._has(request.url):
@@ -341,28 +350,7 @@ def _timed_out(seconds: float) -> Failed:
     return Failed("ReadTimeout", f"there was no whole answer in {seconds:.1f} s", timed_out=True)
 
 
-class Body:
-    """The body that a stream reads, and where its files stood before it was sent."""
-
-    def __init__(self, stream: Any, library: Any) -> None:
-        self.files = _positions(stream, library)  # None: it cannot be sent again
-        self.byte_stream: type = library.ByteStream
-
-    def rewind(self, stream: Any) -> bool:
-        """Set the files back, and tell whether `stream` can be sent whole: a redirect may have made it another."""
-        if isinstance(stream, self.byte_stream):
-            return True
-        if self.files is None:
-            return False
-        try:
-            for file, position in self.files:
-                file.seek(position)
-        except (AttributeError, OSError, ValueError):  # ValueError: closed meanwhile
-            return False
-        return True
-
-
-def _positions(stream: Any, library: Any) -> tuple[tuple[Any, int], ...] | None:
+def _positions(stream: Any, library: Any) -> Positions | None:
     """Return the files that `stream` reads and where they stand, None if it could not be sent again whole."""
     kind = stream.__class__
     if kind is library.ByteStream:
@@ -377,6 +365,20 @@ def _positions(stream: Any, library: Any) -> tuple[tuple[Any, int], ...] | None:
         return tuple((source, source.tell()) for source in sources if not isinstance(source, (bool, Collection)))
     except (AttributeError, OSError, ValueError):
         return None
+
+
+def _rewound(files: Positions | None, stream: Any, library: Any) -> bool:
+    """Set `files` back, and tell whether `stream` can be sent whole: a redirect may have made it another."""
+    if isinstance(stream, library.ByteStream):
+        return True
+    if files is None:
+        return False
+    try:
+        for file, position in files:
+            file.seek(position)
+    except (AttributeError, OSError, ValueError):  # ValueError: closed meanwhile
+        return False
+    return True
 
 
 def make_client(

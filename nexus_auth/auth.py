@@ -127,7 +127,8 @@ class BaseAuth(ABC):
         return {**self.__dict__, "_credentials": None, "_lent": self._travelling(), "_store": store}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
         self._credentials = credentials_of(self._client, self._store)
 
     def lent(self: A, lent: Any) -> A:
@@ -154,9 +155,6 @@ class BaseAuth(ABC):
         """Return the error that tells the user of another library which auth to take."""
         own, other = (kind.__module__.partition(".")[0] for kind in (self.library_error, type(request)))
         return TypeError(f"this NexusAuth is for {own}; for {other}: from {__package__}.{other} import NexusAuth")
-
-    def _fresh_token(self) -> Token | None:
-        return self._credentials.fresh_token(self._limits.leeway)
 
     def _insistent_call(self, refused: str | None) -> Call:
         if refused is not None:

@@ -152,10 +152,6 @@ class Credentials:
                 self._loop_turns = weakref.WeakKeyDictionary()
             return self._loop_turns.setdefault(loop, Turn())
 
-    def is_on_trial(self, token: Token) -> bool:
-        """Tell whether an answer to `token` may say whether its renewal has helped."""
-        return self.known.renewals.on_trial == token.access_token
-
     def answered(self, access_token: str, status_code: int) -> None:
         """Learn what the API answered to a call with `access_token`."""
         if self.known.renewals.on_trial == access_token:
@@ -237,9 +233,7 @@ class Credentials:
             return TooLong(wait.retry_at - now, wait.reason)
         return None
 
-    def _clearance(
-        self, call: Call, attempt: Attempt, known: Known, fallback: Token | None
-    ) -> Steps[Wait | None]:
+    def _clearance(self, call: Call, attempt: Attempt, known: Known, fallback: Token | None) -> Steps[Wait | None]:
         """Return what `call` has to wait for before it may send a token request; None: it has turn and permit."""
         wait = self._turn(call, attempt)
         if wait is None and self.known is not known:
@@ -293,9 +287,7 @@ class Credentials:
             return None
         return Wait(attempt.sends_at, attempt.sends_at, attempt.reason, min(LOOK, attempt.sends_at - now))
 
-    def _shared_turn(
-        self, shared: Shared, call: Call, attempt: Attempt, fallback: Token | None
-    ) -> Steps[Wait | None]:
+    def _shared_turn(self, shared: Shared, call: Call, attempt: Attempt, fallback: Token | None) -> Steps[Wait | None]:
         """Return the wait for the turn that processes share, after a look at what they have left; None: it is ours."""
 
         def concerns(failure: Failure) -> bool:

@@ -178,10 +178,10 @@ def over(call: Call, now: float, refused: str | None, retry_at: float, reason: s
 
 def landed(known: Known, token: Token, call: Call, now: float, refused: str | None = None) -> Known:
     """Return what is known after a token request that brought `token`, in place of `refused`."""
-    after = replace(known, token=token, failure=None, ahead_after=0.0)
+    renewals = replace(known.renewals, on_trial=None)
+    after = replace(known, token=token, failure=None, ahead_after=0.0, renewals=renewals)
     if refused is None:
         return after
-    renewals = known.renewals
     if not call.repeatable:
         renewals = replace(renewals, unrepeatable_after=now + UNREPEATABLE_PAUSE)
     if token.access_token == refused:

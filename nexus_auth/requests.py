@@ -103,15 +103,17 @@ class NexusAuth(BaseAuth, AuthBase):
         if not self._has(str(r.url)):
             self._say_no_token_sent(r.url)
             return r
-        call = Call(self._limits)
-        token = self._fresh_token() or self._token(self._obtain(call), r)
+        call, token = None, self._credentials.fresh_token(self._limits.leeway)
+        if token is None:
+            call = Call(self._limits)
+            token = self._token(self._obtain(call), r)
         r.headers["Authorization"] = token.authorization
         r.hooks["response"].append(_Hook(self._mend, call, token))
         return r
 
-    def _mend(self, call: Call, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
+    def _mend(self, call: Call | None, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
         """Return what comes of sending a request once more whose `token` the API refused, or `response`."""
-        if response.status_code != 401 and not self._credentials.is_on_trial(token):
+        if response.status_code != 401 and self._credentials.known.renewals.on_trial is None:
             return response
         # After redirects within the API it is that of the last one.
         request: requests.PreparedRequest | None = getattr(response, "request", None)
@@ -124,6 +126,7 @@ class NexusAuth(BaseAuth, AuthBase):
             return response
         response.content  # noqa: B018  once it is read, its connection is free for what follows
         connection: Any = getattr(response, "connection", None)  # of the adapter, unless that made a bare response
+        call = call or Call(self._limits)
         call.repeatable = connection is not None and _rewound(request)
         renewed = self._replay_token(self._obtain(call, token.access_token), call, request)
         if renewed is None or connection is None:

@@ -374,7 +374,7 @@ class Caller:
                 return decision
             token = decision.token
         status = yield from self.world.call_api(token.access_token)
-        if status == 401 or self.credentials.is_on_trial(token):
+        if status == 401 or self.credentials.known.renewals.on_trial is not None:
             self.credentials.answered(token.access_token, status)
         if status != 401:
             return status

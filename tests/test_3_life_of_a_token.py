@@ -129,7 +129,7 @@ def test_what_to_do_for_a_call(known: Known, call: Call, decision: Decision) -> 
 def test_a_new_token_ends_what_is_known_of_failures(call: Call) -> None:
     renewals = Renewals(pause=4, after=NOW + 4, unrepeatable_after=NOW + 9, on_trial="x")
     known = landed(Known(STALE, REFUSED, NOW + 9, renewals), FRESH, call, NOW)
-    assert known == Known(FRESH, None, 0.0, renewals)
+    assert known == Known(FRESH, None, 0.0, replace(renewals, on_trial=None))
 
 
 def test_what_another_process_tells() -> None:

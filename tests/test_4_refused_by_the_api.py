@@ -264,13 +264,11 @@ def test_what_cannot_be_sent_again_costs_one_renewal_in_ten_seconds(herd: Herd) 
 
 def test_a_renewal_for_what_cannot_be_sent_again_is_judged_by_the_next_answer(herd: Herd) -> None:
     a_401(herd, repeatable=False)
-    known = herd.credentials.known
-    assert known.token is not None
-    assert herd.credentials.is_on_trial(known.token)
+    assert herd.credentials.known.renewals.on_trial == "t2"
     herd.credentials.answered("t1", 200)  # late, and to the older token
-    assert herd.credentials.is_on_trial(known.token)
+    assert herd.credentials.known.renewals.on_trial == "t2"
     herd.credentials.answered("t2", 200)
-    assert not herd.credentials.is_on_trial(known.token)
+    assert herd.credentials.known.renewals.on_trial is None
     herd.credentials.answered("t2", 401)  # the second answer, which says nothing of the renewal
     assert a_401(herd) == "t3"
 

@@ -378,5 +378,3 @@ def test_a_password_of_a_store_does_not_travel(driver: Driver, sandbox: NexusSan
     pickled = pickle.dumps(auth)
     assert b"passw0rd" not in pickled
     assert driver.get(driver.client(pickle.loads(pickled)), url(sandbox)).status == 200
-
-
