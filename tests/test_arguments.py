@@ -300,8 +300,8 @@ def test_from_env_names_all_that_is_missing_at_once(
         assert SECRET not in str(raised.value)
 
 
-@pytest.mark.parametrize("urls", [{"BASE_URL"}, {"TOKEN_ENDPOINT"}, {"TOKEN_ENDPOINT", "BASE_URL"}], ids=str)
-def test_from_env_does_not_guess_which_environment_was_meant(door: Any, variables: Any, urls: set[str]) -> None:
+@pytest.mark.parametrize("urls", [["BASE_URL"], ["TOKEN_ENDPOINT"], ["TOKEN_ENDPOINT", "BASE_URL"]], ids=str)
+def test_from_env_does_not_guess_which_environment_was_meant(door: Any, variables: Any, urls: list[str]) -> None:
     given = dict.fromkeys(urls, "https://a.example")
     variables(CLIENT_ID="id", CLIENT_SECRET=SECRET, ENVIRONMENT="test", **given)
     with pytest.raises(ValueError, match="NEXUS_ENVIRONMENT is set, and so is a URL that takes its place"):
