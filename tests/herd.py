@@ -10,8 +10,10 @@ import heapq
 import itertools
 import json
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 from conftest import Clock
@@ -201,3 +203,34 @@ class Herd:
         scripted = next(self._script)
         takes = scripted.takes if scripted.blocks else min(scripted.takes, step.timeout)
         self._expect(self.now + takes, caller, scripted.answer)
+
+
+class MemoryStore:
+    """A store for the threads of one process: all that the protocol asks for."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._permits: dict[str, dict[str, float]] = {}
+        self._values: dict[str, tuple[bytes, float]] = {}
+
+    def acquire(self, name: str, owner: str, limit: int, hold: float) -> float:
+        with self._lock:
+            now = self._clock()
+            held = self._permits[name] = {who: end for who, end in self._permits.get(name, {}).items() if end > now}
+            if owner not in held and len(held) >= limit:
+                return sorted(held.values())[len(held) - limit] - now
+            held[owner] = now + hold
+            return 0.0
+
+    def release(self, name: str, owner: str, keep: float) -> None:
+        with self._lock:
+            self._permits.setdefault(name, {})[owner] = self._clock() + keep
+
+    def get(self, name: str) -> tuple[bytes, float] | None:
+        value, end = self._values.get(name, (b"", -math.inf))
+        left = end - self._clock()
+        return (value, left) if left > 0 else None
+
+    def put(self, name: str, value: bytes, ttl: float) -> None:
+        self._values[name] = value, self._clock() + ttl

@@ -46,6 +46,7 @@ def call(client_id):
     said.append(response.status_code)
 
 said = []
+print("ready", flush=True)
 threads = [threading.Thread(target=call, args=(client_id,)) for client_id in job["client_ids"]]
 for thread in threads:
     thread.start()
@@ -81,11 +82,17 @@ class Processes:
         command = [sys.executable, "-W", "error", "-c", SCRIPT, json.dumps(job)]
         self.running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
 
+    def are_ready(self) -> None:
+        """Wait until all processes that are running are about to call."""
+        for process in self.running:
+            assert process.stdout
+            process.stdout.readline()
+
     def said(self) -> list[int]:
         """Return what came of the calls of all processes that are running, once they have ended."""
         outputs = [process.communicate(timeout=90)[0] for process in self.running]
         self.running.clear()
-        return [status for output in outputs for status in json.loads(output)]
+        return [status for output in outputs for status in json.loads(output.splitlines()[-1])]
 
 
 @pytest.fixture(params=["SQLite", pytest.param("Redis", marks=pytest.mark.slow)])
@@ -104,6 +111,7 @@ def processes(gated: GatedSandbox, tmp_path: Path, request: pytest.FixtureReques
 @pytest.mark.parametrize("count", [len(DOORS), pytest.param(40, marks=pytest.mark.slow)])
 def test_processes_share_a_token_and_its_renewal(processes: Processes, gated: GatedSandbox, count: int) -> None:
     processes.start(count)
+    processes.are_ready()
     gated.gate.set()
     assert processes.said() == [200] * count
     assert len(gated.token_requests) == 1
