@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def processes(gated: GatedSandbox, tmp_path: Path, request: pytest.FixtureReques
 def test_processes_share_a_token_and_its_renewal(processes: Processes, gated: GatedSandbox, count: int) -> None:
     processes.start(count)
     processes.are_ready()
+    time.sleep(0.5)  # any other that asks for a token does so by then
     gated.gate.set()
     assert processes.said() == [200] * count
     assert len(gated.token_requests) == 1
