@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from conftest import INSTALLED, Driver, GatedSandbox, Log, outcome, url
 
+import nexus_auth
 from nexus_auth.testing import NexusSandbox
 
 requests: Any = pytest.importorskip("requests", reason="the processes sign calls of requests")
@@ -109,6 +110,10 @@ def processes(gated: GatedSandbox, tmp_path: Path, request: pytest.FixtureReques
         process.communicate()
 
 
+def auth_for(sandbox: NexusSandbox, **options: Any) -> Any:
+    return nexus_auth.NexusAuth(sandbox.client_id, sandbox.client_secret, sandbox.environment, **options)
+
+
 @pytest.mark.parametrize("count", [len(DOORS), pytest.param(40, marks=pytest.mark.slow)])
 def test_processes_share_a_token_and_its_renewal(processes: Processes, gated: GatedSandbox, count: int) -> None:
     processes.start(count)
@@ -153,8 +158,6 @@ def test_a_store_that_cannot_be_used_fails_no_call_and_is_told_of_once(
 
 
 def test_a_pickled_auth_works_in_another_process_and_touches_no_file_without_a_store(sandbox: NexusSandbox) -> None:
-    from nexus_auth import NexusAuth
-
     script = """
 import pickle, requests, sys
 auth = pickle.load(sys.stdin.buffer)
@@ -165,17 +168,13 @@ written = [path for path, mode, flags in opened if isinstance(mode, str) and set
 assert not written, written
 assert not {"sqlite3", "redis", "nexus_auth.store", "nexus_auth.shared"} & set(sys.modules)
 """
-    auth = NexusAuth(sandbox.client_id, sandbox.client_secret, sandbox.environment)
     command = [sys.executable, "-W", "error", "-c", script, url(sandbox)]
-    subprocess.run(command, input=pickle.dumps(auth), check=True)
+    subprocess.run(command, input=pickle.dumps(auth_for(sandbox)), check=True)
 
 
 def test_a_password_of_a_store_does_not_travel(sandbox: NexusSandbox) -> None:
     pytest.importorskip("redis", reason="its library is not installed")
-    from nexus_auth import NexusAuth
-
-    store = "redis://:passw0rd@127.0.0.1:1/0"
-    pickled = pickle.dumps(NexusAuth(sandbox.client_id, sandbox.client_secret, sandbox.environment, store=store))
+    pickled = pickle.dumps(auth_for(sandbox, store="redis://:passw0rd@127.0.0.1:1/0"))
     assert b"passw0rd" not in pickled
     assert requests.get(url(sandbox), auth=pickle.loads(pickled)).status_code == 200
 
@@ -184,10 +183,7 @@ def test_a_password_of_a_store_does_not_travel(sandbox: NexusSandbox) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.parametrize("has_store", [False, True])
 def test_a_child_that_is_forked_while_others_fetch_works(gated: GatedSandbox, tmp_path: Path, has_store: bool) -> None:
-    from nexus_auth import NexusAuth
-
-    store = tmp_path / "store" if has_store else None
-    auth = NexusAuth(gated.client_id, gated.client_secret, gated.environment, store=store)
+    auth = auth_for(gated, store=tmp_path / "store" if has_store else None)
 
     def works() -> bool:
         return bool(requests.get(url(gated), auth=auth).status_code == 200)

@@ -75,9 +75,13 @@ class Processes(Herd):
         super().__init__(more=tokens(90))
         self.store = RecordingStore(self.clock)
 
-    def process(self, endpoint: Endpoint | None = None) -> Credentials:
+    def process(self) -> Credentials:
         """Return what another process knows of the API client: nothing yet."""
-        return Credentials(CLIENT, endpoint or Endpoint(), Shared(self.store, CLIENT, self.clock), self.clock)
+        return Credentials(CLIENT, Endpoint(), Shared(self.store, CLIENT, self.clock), self.clock)
+
+    def own_process(self) -> Credentials:
+        """Return the same for the process of `endpoint`."""
+        return self.client(store=self.store)
 
     def call_of_another(self, **options: Any) -> Decision:
         """Return what comes of the first call of another process."""
@@ -211,22 +215,18 @@ def test_an_outage_is_told_of_once_and_the_store_left_alone_for_half_a_minute_ea
 
 
 def test_a_token_of_another_thread(herd: Processes) -> None:
-    endpoint = Endpoint()
-    one = herd.process(endpoint)
+    one = herd.own_process()
     brought = Token.granted("brought", 3600, herd.clock(), herd.clock())
     herd.store.meanwhile = [lambda: setattr(one, "known", Known(brought))]
     assert access_token(herd.call(credentials=one)) == "brought"
-    assert (herd.sent, endpoint.permits.held) == ([], ())
+    assert (herd.sent, herd.endpoint.permits.held) == ([], ())
     assert herd.store.asked() == [*LOOK, *PERMIT, ("release", "quota", 0), *TURN_BACK]
 
 
 def test_retry_after_of_another_call(herd: Processes) -> None:
-    endpoint = Endpoint()
-    herd.store.meanwhile = [lambda: endpoint.close(herd.clock() + 100)]
-    decision = herd.call(credentials=herd.process(endpoint))
-    assert isinstance(decision, TooLong)
-    assert retry_after(decision) == pytest.approx(100)
-    assert (herd.sent, endpoint.permits.held) == ([], ())
+    herd.store.meanwhile = [lambda: herd.endpoint.close(herd.clock() + 100)]
+    assert retry_after(herd.call(credentials=herd.own_process())) == pytest.approx(100)
+    assert (herd.sent, herd.endpoint.permits.held) == ([], ())
 
 
 def test_the_end_of_max_wait(herd: Processes) -> None:
@@ -241,17 +241,15 @@ def test_the_end_of_max_wait(herd: Processes) -> None:
 
 def test_a_cancellation(herd: Processes) -> None:
     """What is not sent does not count; the store is not asked, since a call that is broken off cannot wait for it."""
-    endpoint = Endpoint()
-    caller = herd.start(credentials=herd.process(endpoint))
+    caller = herd.start(credentials=herd.own_process())
     herd.store.meanwhile = [caller.break_off]
     herd.run()
-    assert herd.sent == []
-    assert endpoint.permits == Permits()
+    assert (herd.sent, herd.endpoint.permits) == ([], Permits())
     herd.then(token("late", takes=5))
-    caller = herd.start(credentials=herd.process(endpoint))
+    caller = herd.start(credentials=herd.own_process())
     herd.wait(12)  # the turn in the store has to run out first
     caller.break_off()
-    assert len(herd.sent) == len(endpoint.permits.held) == 1  # which may still arrive
+    assert len(herd.sent) == len(herd.endpoint.permits.held) == 1  # which may still arrive
 
 
 # What is read
@@ -270,9 +268,8 @@ def test_a_stale_token_of_another_process_is_renewed_ahead_of_expiry(herd: Proce
 def test_a_call_that_ends_otherwise_takes_a_stale_token_of_another_process(herd: Processes) -> None:
     herd.call_of_another()
     herd.wait(80)
-    endpoint = Endpoint()
-    endpoint.close(herd.clock() + 1000)
-    assert access_token(herd.call(credentials=herd.process(endpoint))) == "t1"
+    herd.endpoint.close(herd.clock() + 1000)
+    assert access_token(herd.call(credentials=herd.own_process())) == "t1"
 
 
 def test_a_token_that_was_refused_before_is_not_taken_again(herd: Processes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,7 +277,8 @@ def test_to_import_loads_no_backend() -> None:
 
 
 def test_stores_of_one_client_and_prefix_are_equal() -> None:
-    one, other = SimpleNamespace(eval=print), SimpleNamespace(eval=print)
+    one: Any = SimpleNamespace(eval=print)
+    other: Any = SimpleNamespace(eval=print)
     assert RedisStore(one) == RedisStore(one)
     assert hash(RedisStore(one)) == hash(RedisStore(one))
     assert RedisStore(one) not in (RedisStore(other), RedisStore(one, "mine:"))
@@ -552,8 +553,9 @@ def test_a_file_that_vanishes_is_not_made_by_sqlite(folder_store: SQLiteStore, m
 
 
 SCRIPT = """
-import itertools, json, os, signal, sys, threading, time
+import faulthandler, itertools, json, os, signal, sys, threading, time
 from nexus_auth.store import open_store
+faulthandler.dump_traceback_later(60, exit=True)
 
 def status_of_child(work, *arguments):
     child = os.fork()
