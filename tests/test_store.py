@@ -139,7 +139,7 @@ def test_a_permit_runs_out_and_is_still_kept_on_release(store: Store) -> None:
     store.acquire("name", "long", 2, 100)
     store.acquire("name", "a", 2, 0.05)
     while wait := store.acquire("name", "b", 2, 10):
-        assert wait <= 0.05
+        assert wait < 0.1
         time.sleep(wait)
     store.release("name", "a", 20)
     assert 19 < store.acquire("name", "c", 2, 5) <= 20  # two have to run out
@@ -158,7 +158,7 @@ def test_a_value_lives_for_its_time(store: Store) -> None:
     assert store.get("other name") is None
     store.put("name", b"shortly", 0.05)
     while found := store.get("name"):
-        assert found[1] <= 0.05
+        assert found[1] < 0.1
         time.sleep(found[1])
     store.put("name", b"value", 10)
     store.put("name", b"dead at once", 0)
@@ -626,7 +626,8 @@ def test_a_child_forked_beside_busy_threads_works(tmp_path: Path) -> None:
 
         for number in range(4):
             threading.Thread(target=work, args=(f"thread {number}", itertools.count()), daemon=True).start()
-        print([status_of_child(work, f"child {number}", range(3)) for number in range(10)])
+        print([status_of_child(work, f"child {number}", range(3)) for number in range(10)], flush=True)
+        os._exit(0)
     """
     assert python(script, tmp_path / "store").communicate()[0] == f"{[0] * 10}\n"
 
@@ -713,10 +714,10 @@ def test_a_connection_that_was_idle_or_is_the_parents_is_not_used_again(
     server: Server, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A firewall may have forgotten the one, and then nobody answers; the other is in use."""
-    clock, store, opened = Clock(), RedisStore(server.url), list[int]()
+    clock, store, opened, own = Clock(), RedisStore(server.url), list[int](), os.getpid()
     monkeypatch.setattr(_redis, "time", SimpleNamespace(monotonic=clock))
     store.get("name")
-    for idle, process in ((0, os.getpid()), (59, os.getpid()), (59, os.getpid()), (61, os.getpid()), (1, 1), (1, 1)):
+    for idle, process in ((0, own), (59, own), (59, own), (61, own), (1, 1), (1, 1)):
         before = client.info("stats")["total_connections_received"]
         monkeypatch.setattr(_redis, "os", SimpleNamespace(getpid=lambda process=process: process))
         clock.now += idle
