@@ -49,6 +49,7 @@ def call(client_id):
 
 said = []
 print("ready", flush=True)
+sys.stdin.readline()
 threads = [threading.Thread(target=call, args=(client_id,)) for client_id in job["client_ids"]]
 for thread in threads:
     thread.start()
@@ -82,13 +83,17 @@ class Processes:
             "quota": quota,
         }
         command = [sys.executable, "-W", "error", "-c", SCRIPT, json.dumps(job)]
-        self.running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        self.running.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
 
-    def are_ready(self) -> None:
-        """Wait until all processes that are running are about to call."""
+    def go(self) -> None:
+        """Have all processes call at once, when the last is ready."""
         for process in self.running:
             assert process.stdout
             process.stdout.readline()
+        for process in self.running:
+            assert process.stdin
+            process.stdin.write("go\n")
+            process.stdin.flush()
 
     def said(self) -> list[int]:
         """Return what came of the calls of all processes that are running, once they have ended."""
@@ -114,16 +119,18 @@ def auth_for(sandbox: NexusSandbox, **options: Any) -> Any:
     return nexus_auth.NexusAuth(sandbox.client_id, sandbox.client_secret, sandbox.environment, **options)
 
 
-@pytest.mark.parametrize("count", [len(DOORS), pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [len(DOORS), pytest.param(20, marks=pytest.mark.slow)])
 def test_processes_share_a_token_and_its_renewal(processes: Processes, gated: GatedSandbox, count: int) -> None:
     processes.start(count)
-    processes.are_ready()
+    processes.go()
+    gated.arrived(1)
     time.sleep(0.5)  # any other that asks for a token does so by then
     gated.gate.set()
     assert processes.said() == [200] * count
     assert len(gated.token_requests) == 1
     gated.revoke_tokens()
     processes.start(2)
+    processes.go()
     assert processes.said() == [200] * 2
     assert len(gated.token_requests) == 2
 
@@ -136,6 +143,7 @@ def test_the_quota_holds_for_all_processes(processes: Processes, gated: GatedSan
     gated.clients.update(dict.fromkeys(client_ids, gated.client_secret))
     for first in range(0, 24, 6):
         processes.start_one(client_ids[first : first + 6], quota=6)
+    processes.go()
     assert processes.said() == [200] * 24
     arrivals = sorted(request.time for request in gated.token_requests)
     assert len(arrivals) == 24
