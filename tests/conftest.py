@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import anyio
@@ -396,6 +397,18 @@ def doors() -> Iterator[list[Driver]]:
     """All drivers, to be used side by side."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(DRIVERS[name]()) for name in INSTALLED]
+
+
+@pytest.fixture(params=[name for name in INSTALLED if "-" not in name])
+def door(request: pytest.FixtureRequest) -> ModuleType:
+    """The module of each library."""
+    return DRIVERS[request.param]().door
+
+
+def makers(door: Any) -> list[Callable[..., Any]]:
+    """Return all that takes the arguments of a `NexusAuth`."""
+    names = ("NexusAuth", "nexus_session", "nexus_client", "nexus_async_client")
+    return [getattr(door, name) for name in names if hasattr(door, name)]
 
 
 class GatedSandbox(NexusSandbox):

@@ -6,144 +6,132 @@ import copy
 import itertools
 import pickle
 import re
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DRIVERS, INSTALLED, Driver, outcome, url
+from conftest import DRIVERS, INSTALLED, Driver, makers, outcome, url
 
 from nexus_auth import PRODUCTION, TEST, Environment, forget_tokens
 from nexus_auth.testing import NexusSandbox
+from nexus_auth.value import replace
 
+NexusAuth: Any = DRIVERS[INSTALLED[0]]().door.NexusAuth  # that of one door, for what all doors share
 SECRET = "s3cret-of-the-client"
-
-TEXTS: list[tuple[object, type[Exception], str]] = [
-    ("", ValueError, "is empty"),
-    ("   ", ValueError, "is empty"),
-    ("\n", ValueError, "is empty"),
-    ("\t\u3000\n", ValueError, "is empty"),
-    (f"{SECRET}\n", ValueError, "ends with a newline"),
-    (f"{SECRET}\r\n", ValueError, "ends with a newline"),
-    (f"{SECRET}\r", ValueError, "ends with a newline"),
-    (f"{SECRET}\udc80", ValueError, "has lone surrogates"),
-    ("\ud800", ValueError, "has lone surrogates"),
-    (None, TypeError, "must be a str, not nonetype"),
-    (SECRET.encode(), TypeError, "must be a str, not bytes"),
-    (12345, TypeError, "must be a str, not int"),
-    ([SECRET], TypeError, "must be a str, not list"),
-    (range(3), TypeError, "must be a str, not range"),
-]
-INFINITE = float("inf")
-NUMBERS: list[tuple[type[Exception], list[object]]] = [
-    # What no clock and no socket takes is no sensible number of seconds either.
-    (ValueError, [float("nan"), INFINITE, -INFINITE, -1, -0.001, 1e300, 10**400, 1e11]),
-    (TypeError, [True, False, "10", None, (3, 5), 1j]),
-]
+RIGHT: dict[str, Any] = {"client_id": "id", "client_secret": SECRET, "environment": "test"}
 
 
-@pytest.fixture(params=[name for name in INSTALLED if "-" not in name])
-def door(request: pytest.FixtureRequest) -> types.ModuleType:
-    """The module of each library."""
-    module: types.ModuleType = DRIVERS[request.param]().door
-    return module
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("client_id", ""), ("client_secret", " "), ("environment", "prod"), ("scope", ""), ("leeway", -1),
+     ("max_wait", -1), ("store", "")],
+)  # fmt: skip
+def test_every_door_checks_its_arguments(door: Any, argument: str, value: object) -> None:
+    for make in makers(door):
+        with pytest.raises(ValueError, match=rf"^(unknown )?{argument} "):
+            make(**{**RIGHT, argument: value})
 
 
-def makers(door: Any) -> list[Callable[..., Any]]:
-    """Return all that takes the arguments of a `NexusAuth`."""
-    names = ("NexusAuth", "nexus_session", "nexus_client", "nexus_async_client")
-    return [getattr(door, name) for name in names if hasattr(door, name)]
+def test_every_door_checks_its_timeout(door: Any) -> None:
+    with pytest.raises(ValueError, match=r"^timeout must be more than 0 seconds"):
+        door.NexusAuth(**RIGHT, timeout=0)
 
 
 @pytest.mark.parametrize("argument", ["client_id", "client_secret", "scope"])
-def test_texts(door: Any, argument: str) -> None:
-    arguments: dict[str, Any] = {"client_id": "id", "client_secret": SECRET, "environment": "test"}
-    for value, kind, words in TEXTS:
-        error = outcome(door.NexusAuth, **{**arguments, argument: value})
-        assert type(error) is kind, value
-        assert str(error).lower().startswith(f"{argument} {words}")
-        assert SECRET not in f"{error}{error!r}"
+def test_texts(argument: str) -> None:
+    for kind, words, values in (
+        (ValueError, "is empty", ["", "   ", "\n", "\t\u3000\n"]),
+        (ValueError, "ends with a newline", [f"{SECRET}\n", f"{SECRET}\r\n", f"{SECRET}\r"]),
+        (ValueError, "has lone surrogates", [f"{SECRET}\udc80", "\ud800"]),
+        (TypeError, "must be a str, not bytes", [SECRET.encode()]),
+        (TypeError, "must be a str, not (NoneType|int|list|range)", [None, 12345, [SECRET], range(3)]),
+    ):
+        for value in values:
+            error = outcome(NexusAuth, **{**RIGHT, argument: value})
+            assert type(error) is kind, value
+            assert re.match(f"{argument} {words}", str(error))
+            assert SECRET not in f"{error}{error!r}"
 
 
 @pytest.mark.parametrize("argument", ["leeway", "timeout", "max_wait"])
-def test_numbers(door: Any, argument: str) -> None:
-    for kind, values in NUMBERS:
+def test_numbers(argument: str) -> None:
+    infinite = float("inf")
+    for kind, values in (
+        # What no clock and no socket takes is no sensible number of seconds either.
+        (ValueError, [float("nan"), infinite, -infinite, -1, -0.001, 1e300, 10**400, 1e11]),
+        (TypeError, [True, False, "10", None, (3, 5), 1j]),
+    ):
         for value in values:
-            error = outcome(door.NexusAuth, "id", SECRET, "test", **{argument: value})
+            error = outcome(NexusAuth, **RIGHT, **{argument: value})
             assert type(error) is kind, value
             assert re.match(f"{argument} must be a (sensible )?number of seconds, not ", str(error))
 
 
-def test_zero_seconds(door: Any) -> None:
-    with pytest.raises(ValueError, match=r"^timeout must be more than 0 seconds"):
-        door.NexusAuth("id", SECRET, "test", timeout=0)
-    assert door.NexusAuth("id", SECRET, "test", leeway=0, max_wait=0)
-
-
-def test_a_number_that_is_taken_works(driver: Driver, sandbox: NexusSandbox) -> None:
-    client = driver.client()
-    for seconds in (0.5, 100_000, 1e6, 10**9):
+def test_numbers_that_are_taken_work(driver: Driver, sandbox: NexusSandbox) -> None:
+    for timeout, others in ((7.5, 0), (10**9, 10**9)):
         forget_tokens()
-        auth = driver.auth(sandbox, leeway=seconds, timeout=seconds, max_wait=seconds)
-        assert driver.get(client, url(sandbox), auth=auth).status == 200, seconds
+        client = driver.client(driver.auth(sandbox, timeout=timeout, leeway=others, max_wait=others))
+        assert driver.get(client, url(sandbox)).status == 200, timeout
 
 
-def test_only_keywords_after_the_environment(door: Any) -> None:
-    for make in makers(door):
-        with pytest.raises(TypeError):
-            make("id", SECRET, "test", "api1")
+def test_what_is_lent_is_of_the_right_library(doors: list[Driver], sandbox: NexusSandbox) -> None:
+    for driver in doors:
+        strangers = [other.client() for other in doors if other.library is not driver.library]
+        for value in ("", "session", 0, driver.library, *strangers):
+            with pytest.raises(TypeError, match=f"^{driver.lent_as} must be a ") as raised:
+                driver.auth(sandbox, **driver.lend(value))
+            assert str(raised.value).endswith(f", not {type(value).__name__}")
+            assert driver.library.__name__ in str(raised.value)
 
 
-def test_factories_check_their_arguments_too(door: Any) -> None:
-    for make in makers(door):
-        with pytest.raises(ValueError, match=r"^scope is empty"):
-            make("id", SECRET, "test", scope="")
-        with pytest.raises(ValueError, match=r"^leeway must be "):
-            make("id", SECRET, "test", leeway=-1)
+def test_arguments_cannot_be_assigned() -> None:
+    """It would do nothing; so it says so."""
+    names = ["client_id", "client_secret", "environment", "scope", "leeway", "timeout", "max_wait", "store", "session",
+             "client"]  # fmt: skip
+    auth = NexusAuth(**RIGHT)
+    for one, name in itertools.product((auth, copy.copy(auth), pickle.loads(pickle.dumps(auth))), names):
+        with pytest.raises(AttributeError, match=f"^{name} of a NexusAuth stays as it is: make another NexusAuth"):
+            setattr(one, name, "another")
+        assert (one.client_id, one.environment) == ("id", TEST)
+    auth.note = "a user's own"  # is none of ours
 
 
-def test_an_unknown_environment(door: Any) -> None:
-    values = ["prod", "TEST", "test ", "", "https://testapi.quantoz.com"]
-    for make, value in itertools.product(makers(door), values):
+def test_what_an_auth_shows() -> None:
+    auth = NexusAuth(**RIGHT)
+    assert (auth.client_id, auth.environment) == ("id", TEST)
+    assert repr(auth) == str(auth) == "<NexusAuth client_id='id' environment='test'>"
+
+
+# Environments
+
+
+def test_the_environments_by_name() -> None:
+    for name, token_endpoint, base_url in (
+        ("test", "https://testidentity.quantoz.com/connect/token", "https://testapi.quantoz.com"),
+        ("production", "https://identity.quantoz.com/connect/token", "https://api.quantoz.com"),
+    ):
+        documented = Environment(name, token_endpoint=token_endpoint, base_url=base_url)
+        assert NexusAuth("id", SECRET, name).environment == documented
+        assert documented in {TEST, PRODUCTION}
+    assert TEST != PRODUCTION
+
+
+def test_an_unknown_environment() -> None:
+    for value in ("prod", "TEST", "test ", "", "https://testapi.quantoz.com"):
         with pytest.raises(ValueError, match="unknown environment") as raised:
-            make("id", SECRET, value)
+            NexusAuth("id", SECRET, value)
         assert str(raised.value) == f"unknown environment {value!r}: 'test' or 'production', or an Environment"
 
 
-def test_what_is_no_environment(door: Any) -> None:
-    values: list[object] = [1, b"test", ("test", "https://a.example"), ["test"], Path("test")]
-    for make, value in itertools.product(makers(door), values):
-        with pytest.raises(TypeError, match=r"^environment must be 'test' or 'production', or an Environment of nexus"):
-            make("id", SECRET, value)
-
-
-def test_the_environment_of_a_copy_of_the_package_is_named_as_such(door: Any) -> None:
+def test_what_is_no_environment() -> None:
+    """That of a copy of the package is none either, and is named as such."""
+    words = "environment must be 'test' or 'production', or an Environment of nexus_auth, not "
     foreign = type("Environment", (), {"__module__": "acme._vendor.nexus_auth.environment"})
-    for make in makers(door):
-        with pytest.raises(TypeError, match=r"Environment of nexus_auth, not .*\(a acme\._vendor\.nexus_auth\.env"):
-            make("id", SECRET, foreign())
-
-
-def test_no_environment_by_default(door: Any) -> None:
-    with pytest.raises(TypeError, match="environment"):
-        door.NexusAuth("id", SECRET)
-    with pytest.raises(TypeError, match="environment"):
-        door.NexusAuth("id", SECRET, None)
-
-
-def test_the_environments_by_name(door: Any) -> None:
-    assert door.NexusAuth("id", SECRET, "test").environment is TEST
-    assert door.NexusAuth("id", SECRET, "production").environment is PRODUCTION
-
-
-def test_documented_environments() -> None:
-    assert (TEST.name, TEST.token_endpoint, TEST.base_url) == (
-        "test", "https://testidentity.quantoz.com/connect/token", "https://testapi.quantoz.com",
-    )  # fmt: skip
-    assert (PRODUCTION.name, PRODUCTION.token_endpoint, PRODUCTION.base_url) == (
-        "production", "https://identity.quantoz.com/connect/token", "https://api.quantoz.com",
-    )  # fmt: skip
+    for value in (None, 1, b"test", ("test", "https://a.example"), ["test"], Path("test"), foreign()):
+        with pytest.raises(TypeError) as raised:
+            NexusAuth("id", SECRET, value)
+        assert str(raised.value) == f"{words}{value!r} (a {type(value).__module__}.{type(value).__qualname__})"
 
 
 REFUSED = [
@@ -175,14 +163,19 @@ TAKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("address", REFUSED, ids=ascii)
-def test_urls_that_are_refused(address: str) -> None:
-    for argument in ("token_endpoint", "base_url"):
-        urls = {"token_endpoint": "https://identity.example", "base_url": "https://api.example", argument: address}
-        with pytest.raises(ValueError, match=f"^{argument} must be ") as raised:
-            Environment("mine", **urls)
-        assert "password" not in str(raised.value)
-        assert len(str(raised.value).splitlines()) == 1
+@pytest.mark.parametrize("argument", ["token_endpoint", "base_url"])
+def test_urls_that_are_refused(argument: str) -> None:
+    urls: dict[str, Any] = {"token_endpoint": "https://identity.example", "base_url": "https://api.example"}
+    for address in REFUSED:
+        error = outcome(Environment, "mine", **{**urls, argument: address})
+        assert type(error) is ValueError, address
+        assert str(error).startswith(f"{argument} must be ")
+        assert "password" not in str(error)
+        assert len(str(error).splitlines()) == 1
+    value: Any
+    for value in (None, b"https://api.example", 1, ["https://api.example"]):
+        with pytest.raises(TypeError, match=f"^{argument} must be a str"):
+            Environment("mine", **{**urls, argument: value})
 
 
 def test_urls_that_are_taken(door: Any) -> None:
@@ -192,54 +185,43 @@ def test_urls_that_are_taken(door: Any) -> None:
         assert door.NexusAuth("id", SECRET, environment).environment is environment
 
 
-@pytest.mark.parametrize("argument", ["token_endpoint", "base_url"])
-@pytest.mark.parametrize("value", [None, b"https://api.example", 1, ["https://api.example"]], ids=repr)
-def test_urls_that_are_no_str(argument: str, value: Any) -> None:
-    urls = {"token_endpoint": "https://identity.example", "base_url": "https://api.example", argument: value}
-    with pytest.raises(TypeError, match=f"^{argument} must be a str"):
-        Environment("mine", **urls)
-
-
 def test_urls_that_only_the_library_refuses(driver: Driver, sandbox: NexusSandbox) -> None:
     """It is a `ValueError` when the auth is made, or an error of the library before anything is sent."""
-    addresses = ["https://[v1.x]", "https://999.1.1.1", "https://ä..example", "https://xn--a"]
-    for argument, address in itertools.product(("token_endpoint", "base_url"), addresses):
+    own = "http://127.0.0.1:9"
 
-        def call(argument: str = argument, address: str = address) -> object:
-            urls = {"token_endpoint": "http://127.0.0.1:9", "base_url": "http://127.0.0.1:9", argument: address}
-            auth = driver.auth(sandbox, environment=Environment("mine", **urls), max_wait=0)
-            return driver.get(driver.client(auth), "http://127.0.0.1:9/customer")
+    def call(**urls: str) -> None:
+        environment = Environment("mine", **{"token_endpoint": own, "base_url": own, **urls})
+        auth = driver.auth(sandbox, environment=environment, max_wait=0)
+        driver.get(driver.client(auth), f"{own}/customer")
 
-        assert isinstance(outcome(call), (driver.library_error, ValueError)), (argument, address)
-
-
-@pytest.mark.parametrize("name", ["a\nb", None, 1], ids=repr)
-def test_the_name_of_an_environment_is_printable(name: Any) -> None:
-    with pytest.raises(TypeError, match=r"^name of an Environment must be a str of printable characters"):
-        Environment(name, token_endpoint="https://identity.example/token", base_url="https://api.example")
+    for address in ("https://[v1.x]", "https://999.1.1.1", "https://ä..example", "https://xn--a"):
+        for argument in ("token_endpoint", "base_url"):
+            error = outcome(call, **{argument: address})
+            assert isinstance(error, (driver.library_error, ValueError)), (argument, address)
 
 
-def test_an_environment_is_frozen() -> None:
+def test_the_name_of_an_environment_is_printable() -> None:
+    name: Any
+    for name in ("a\nb", None, 1):
+        with pytest.raises(TypeError, match=r"^name of an Environment must be a str of printable characters"):
+            Environment(name, token_endpoint="https://identity.example/token", base_url="https://api.example")
+
+
+def test_an_environment_is_a_value_and_no_change_goes_around_its_checks() -> None:
     for name in ("name", "token_endpoint", "base_url", "another"):
-        with pytest.raises((AttributeError, TypeError)):
+        with pytest.raises(AttributeError):
             setattr(TEST, name, "http://evil.example")
-        with pytest.raises((AttributeError, TypeError)):
-            delattr(TEST, name)
-    assert TEST != PRODUCTION
-    assert {TEST, PRODUCTION, TEST} == {TEST, PRODUCTION}
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        assert pickle.loads(pickle.dumps(TEST, protocol)) == copy.deepcopy(TEST) == TEST
+    with pytest.raises(ValueError, match="must be https"):
+        replace(TEST, token_endpoint="http://evil.example")
+    assert pickle.loads(pickle.dumps(TEST)) == copy.deepcopy(TEST) == TEST
 
 
-def test_no_way_around_the_check_of_an_environment() -> None:
-    for way in ("_replace", "__replace__"):
-        if replace := getattr(TEST, way, None):
-            with pytest.raises((ValueError, TypeError)):
-                replace(token_endpoint="http://evil.example")
-    assert not hasattr(Environment, "_make")
+# Environment variables
 
 
 NAMES = ("CLIENT_ID", "CLIENT_SECRET", "ENVIRONMENT", "TOKEN_ENDPOINT", "BASE_URL", "STORE")
+API, IDENTITY = "https://api.example", "https://identity.example"
+BY_NAME = {"CLIENT_ID": "id", "CLIENT_SECRET": SECRET, "ENVIRONMENT": "production"}
 
 
 @pytest.fixture
@@ -248,145 +230,85 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def set_them(prefix: str = "NEXUS_", **values: str) -> None:
         for name in NAMES:
-            monkeypatch.delenv(prefix + name, raising=False)
-        for name, value in values.items():
-            monkeypatch.setenv(prefix + name, value)
+            monkeypatch.setenv(prefix + name, values.get(name, ""))
 
     return set_them
 
 
 def test_from_env_by_name(door: Any, variables: Any) -> None:
-    variables(CLIENT_ID="id", CLIENT_SECRET=SECRET, ENVIRONMENT="production")
+    variables(**BY_NAME)
     auth = door.NexusAuth.from_env()
     assert (type(auth), auth.client_id, auth.environment) == (door.NexusAuth, "id", PRODUCTION)
 
 
-def test_from_env_by_urls(driver: Driver, sandbox: NexusSandbox, variables: Any) -> None:
-    environment = sandbox.environment
-    urls = {"TOKEN_ENDPOINT": environment.token_endpoint, "BASE_URL": environment.base_url}
+def test_from_env_by_urls(sandbox: NexusSandbox, variables: Any) -> None:
+    urls = {"TOKEN_ENDPOINT": sandbox.environment.token_endpoint, "BASE_URL": sandbox.environment.base_url}
     variables("ACME_", CLIENT_ID=sandbox.client_id, CLIENT_SECRET=sandbox.client_secret, **urls)
-    auth = driver.door.NexusAuth.from_env("ACME_", scope="sanctionlist", leeway=30, timeout=5, max_wait=10)
-    client = driver.client(auth)
-    assert driver.get(client, url(sandbox)).status == 200
+    auth = NexusAuth.from_env("ACME_", scope="sanctionlist", leeway=30, timeout=5, max_wait=10)
+    assert auth.environment.base_url == sandbox.environment.base_url
+    assert auth.access_token()
     assert dict(sandbox.token_requests[0].form)["scope"] == "sanctionlist"
-    assert driver.get(client, url(sandbox), auth=driver.auth(sandbox, scope="sanctionlist")).status == 200
-    assert len(sandbox.token_requests) == 1
     with pytest.raises(ValueError, match="NEXUS_CLIENT_ID"):
-        driver.door.NexusAuth.from_env()
+        NexusAuth.from_env()
 
 
-@pytest.mark.parametrize(
-    ("given", "missing"),
-    [
+def test_from_env_names_all_that_is_missing_at_once(variables: Any) -> None:
+    for given, missing in (
         ({}, {"CLIENT_ID", "CLIENT_SECRET", "ENVIRONMENT"}),
         ({"CLIENT_ID": "id"}, {"CLIENT_SECRET", "ENVIRONMENT"}),
         ({"ENVIRONMENT": "test"}, {"CLIENT_ID", "CLIENT_SECRET"}),
         ({"STORE": "folder", "ENVIRONMENT": "test"}, {"CLIENT_ID", "CLIENT_SECRET"}),
         ({"CLIENT_ID": "id", "CLIENT_SECRET": SECRET}, {"ENVIRONMENT"}),
-        ({"CLIENT_SECRET": SECRET, "ENVIRONMENT": ""}, {"CLIENT_ID", "ENVIRONMENT"}),
-        ({"TOKEN_ENDPOINT": "https://a.example"}, {"CLIENT_ID", "CLIENT_SECRET", "BASE_URL"}),
-        ({"CLIENT_SECRET": SECRET, "BASE_URL": "https://a.example"}, {"CLIENT_ID", "TOKEN_ENDPOINT"}),
-        ({"BASE_URL": "https://a.example", "TOKEN_ENDPOINT": "https://b.example"}, {"CLIENT_ID", "CLIENT_SECRET"}),
-    ],
-)
-def test_from_env_names_all_that_is_missing_at_once(
-    door: Any, variables: Any, given: dict[str, str], missing: set[str]
-) -> None:
-    for prefix in ("NEXUS_", "ACME_"):
-        variables(prefix, **given)
-        with pytest.raises(ValueError, match="environment variables not set: ") as raised:
-            door.NexusAuth.from_env(prefix)
-        assert {name for name in NAMES if f"{prefix}{name}" in str(raised.value)} == missing
-        assert SECRET not in str(raised.value)
-
-
-@pytest.mark.parametrize("urls", [["BASE_URL"], ["TOKEN_ENDPOINT"], ["TOKEN_ENDPOINT", "BASE_URL"]], ids=str)
-def test_from_env_does_not_guess_which_environment_was_meant(door: Any, variables: Any, urls: list[str]) -> None:
-    given = dict.fromkeys(urls, "https://a.example")
-    variables(CLIENT_ID="id", CLIENT_SECRET=SECRET, ENVIRONMENT="test", **given)
-    with pytest.raises(ValueError, match="NEXUS_ENVIRONMENT is set, and so is a URL that takes its place"):
-        door.NexusAuth.from_env()
-
-
-def test_from_env_checks_what_it_finds(door: Any, variables: Any) -> None:
-    given = {"CLIENT_ID": "id", "CLIENT_SECRET": SECRET, "ENVIRONMENT": "test"}
-    for name, value, words in (
-        ("CLIENT_SECRET", f"{SECRET}\n", "client_secret ends with a newline"),
-        ("CLIENT_ID", " ", "client_id is empty"),
-        ("ENVIRONMENT", "prod", "unknown environment 'prod'"),
+        ({"TOKEN_ENDPOINT": IDENTITY}, {"CLIENT_ID", "CLIENT_SECRET", "BASE_URL"}),
+        ({"CLIENT_SECRET": SECRET, "BASE_URL": API}, {"CLIENT_ID", "TOKEN_ENDPOINT"}),
+        ({"BASE_URL": API, "TOKEN_ENDPOINT": IDENTITY}, {"CLIENT_ID", "CLIENT_SECRET"}),
     ):
-        variables(**{**given, name: value})
+        for prefix in ("NEXUS_", "ACME_"):
+            variables(prefix, **given)
+            with pytest.raises(ValueError, match="environment variables not set: ") as raised:
+                NexusAuth.from_env(prefix)
+            assert {name for name in NAMES if f"{prefix}{name}" in str(raised.value)} == missing
+            assert SECRET not in str(raised.value)
+
+
+def test_from_env_checks_what_it_finds(variables: Any) -> None:
+    unclear = "NEXUS_ENVIRONMENT is set, and so is a URL that takes its place"
+    for wrong, words in (
+        ({"CLIENT_SECRET": f"{SECRET}\n"}, "client_secret ends with a newline"),
+        ({"CLIENT_ID": " "}, "client_id is empty"),
+        ({"ENVIRONMENT": "prod"}, "unknown environment 'prod'"),
+        ({"BASE_URL": API}, unclear),
+        ({"TOKEN_ENDPOINT": IDENTITY}, unclear),
+        ({"TOKEN_ENDPOINT": IDENTITY, "BASE_URL": API}, unclear),
+    ):
+        variables(**{**BY_NAME, **wrong})
         with pytest.raises(ValueError, match=words) as raised:
-            door.NexusAuth.from_env()
+            NexusAuth.from_env()
         assert SECRET not in str(raised.value)
-    variables(**given)
+    variables(**BY_NAME)
     for options in ({"client_id": "another"}, {"leewey": 1}):
         with pytest.raises(TypeError):
-            door.NexusAuth.from_env(**options)
+            NexusAuth.from_env(**options)
 
 
+@pytest.mark.usefixtures("in_variables")
 def test_the_store_of_the_environment_is_for_who_reads_the_environment(
-    driver: Driver, sandbox: NexusSandbox, variables: Any, tmp_path: Path
+    driver: Driver, sandbox: NexusSandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A token in it outlives what the process knows."""
-    environment = sandbox.environment
-    urls = {"TOKEN_ENDPOINT": environment.token_endpoint, "BASE_URL": environment.base_url}
-    names = {"CLIENT_ID": sandbox.client_id, "CLIENT_SECRET": sandbox.client_secret, **urls}
-    variables(**names, STORE=str(tmp_path / "store"))
-    client = driver.client()
+    monkeypatch.setenv("NEXUS_STORE", str(tmp_path / "store"))
+    from_env = driver.door.NexusAuth.from_env
 
-    def calls(*auths: Any) -> int:
-        """Return how many token requests it costs to call with each of `auths`, nothing being remembered between."""
+    def cost_of(*auths: Any) -> int:
+        """Return how many token requests the tokens of all `auths` take, nothing being remembered between."""
         before = len(sandbox.token_requests)
         for auth in auths:
             forget_tokens()
-            assert driver.get(client, url(sandbox), auth=auth).status == 200
+            driver.access_token(auth)
         return len(sandbox.token_requests) - before
 
-    assert calls(driver.door.NexusAuth.from_env(), driver.keep(driver.from_factory()).auth) == 1
-    assert calls(driver.auth(sandbox), driver.ready_made(sandbox).auth) == 2
-    assert calls(driver.auth(sandbox, store=tmp_path / "store")) == 0
-    assert calls(*[driver.door.NexusAuth.from_env(store=tmp_path / "another")] * 2) == 1
-    assert calls(*[driver.door.NexusAuth.from_env(store=None)] * 2) == 2
-
-
-def test_what_is_no_store(door: Any) -> None:
-    values = {"": ValueError, "ftp://cache.example": ValueError, 1: TypeError, object(): TypeError, dict: TypeError}
-    for make, (value, kind) in itertools.product(makers(door), values.items()):
-        with pytest.raises(kind, match=r"^store "):
-            make("id", SECRET, "test", store=value)
-
-
-def test_what_is_lent_is_of_the_right_library(doors: list[Driver], sandbox: NexusSandbox) -> None:
-    for driver, other in itertools.permutations(doors, 2):
-        if driver.library is other.library:
-            continue
-        lent = other.client()
-        with pytest.raises(TypeError, match=f"^{driver.lent_as} must be a ") as raised:
-            driver.auth(sandbox, **driver.lend(lent))
-        assert str(raised.value).endswith(f", not {type(lent).__name__}")
-        assert driver.library.__name__ in str(raised.value)
-
-
-def test_what_is_lent_is_a_session_or_client(driver: Driver, sandbox: NexusSandbox) -> None:
-    for value in ("", "session", 0, driver.library):
-        with pytest.raises(TypeError, match=f"^{driver.lent_as} must be a "):
-            driver.auth(sandbox, **driver.lend(value))
-
-
-def test_arguments_cannot_be_assigned(door: Any) -> None:
-    """It would do nothing; so it says so."""
-    names = ["client_id", "client_secret", "environment", "scope", "leeway", "timeout", "max_wait", "store", "session",
-             "client"]  # fmt: skip
-    auth = door.NexusAuth("id", SECRET, "test")
-    for one, name in itertools.product((auth, copy.copy(auth), pickle.loads(pickle.dumps(auth))), names):
-        with pytest.raises(AttributeError, match=f"^{name} of a NexusAuth stays as it is: make another NexusAuth"):
-            setattr(one, name, "another")
-        assert (one.client_id, one.environment) == ("id", TEST)
-
-
-def test_what_an_auth_shows(door: Any) -> None:
-    auth = door.NexusAuth("id", SECRET, "test")
-    assert (auth.client_id, auth.environment) == ("id", TEST)
-    assert repr(auth) == str(auth) == "<NexusAuth client_id='id' environment='test'>"
-    auth.note = "a user's own"  # is none of ours
+    assert cost_of(from_env(), driver.keep(driver.from_factory()).auth) == 1
+    assert cost_of(driver.auth(sandbox), driver.ready_made(sandbox).auth) == 2
+    assert cost_of(driver.auth(sandbox, store=tmp_path / "store")) == 0
+    assert cost_of(from_env(store=tmp_path / "another"), from_env(store=tmp_path / "another")) == 1
+    assert cost_of(from_env(store=None), from_env(store=None)) == 2
