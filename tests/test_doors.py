@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
-import math
 import pydoc
 import subprocess
 import sys
@@ -13,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import INSTALLED, Driver, nowhere, outcome, url
+from conftest import INSTALLED, Driver, makers, nowhere, outcome, url
 
 import nexus_auth
-from nexus_auth import NexusAuthError
+from nexus_auth import Environment, NexusAuthError
 from nexus_auth.testing import NexusSandbox
 
 LOADED_LATE = ("requests", "httpx", "httpx2", "anyio", "authlib", "cryptography", "sqlite3", "redis",
                "nexus_auth.store", "nexus_auth.shared")  # fmt: skip
 LIBRARIES = [name for name in ("requests", "httpx", "httpx2") if name in INSTALLED]
 ON_REQUESTS = pytest.mark.parametrize("driver", [name for name in INSTALLED if name == "requests"], indirect=True)
+
+
+# What is loaded, and what there is
 
 
 def loaded_by(*statements: str) -> list[str]:
@@ -75,25 +77,31 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(nexus_auth, "nexus_async_client")
 
 
-def parameters(function: Any) -> dict[str, Any]:
-    """Return the names and defaults of the parameters of `function`."""
-    return {parameter.name: parameter.default for parameter in inspect.signature(function).parameters.values()}
+def defaults(function: Any) -> dict[str, Any]:
+    """Return the defaults of the parameters of `function`."""
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
 
 
-def test_signatures(driver: Driver) -> None:
-    """As the contract has them: users rely on names and defaults."""
+def test_signatures(doors: list[Driver]) -> None:
+    """As the contract has them: users rely on names and defaults, and on keywords after the environment."""
     names = ["client_id", "client_secret", "environment"]
-    required = dict.fromkeys(names, inspect.Parameter.empty)
     options = {"scope": "api1", "leeway": 60, "timeout": 10, "max_wait": 75, "store": None}
-    assert parameters(driver.door.NexusAuth) == {**required, **options, driver.lent_as: None}
-    for name in ("nexus_session", "nexus_client", "nexus_async_client"):
-        if factory := getattr(driver.door, name, None):
+    required = dict.fromkeys(names, inspect.Parameter.empty)
+    for driver in doors:
+        auth: Any = driver.door.NexusAuth
+        assert defaults(auth) == {**required, **options, driver.lent_as: None}
+        assert defaults(auth.from_env) == {"prefix": "NEXUS_", "options": inspect.Parameter.empty}
+        assert "wherever you send it" in auth.access_token.__doc__
+        assert isinstance(outcome(auth, "id", "secret", "test", "api1"), TypeError)
+        for factory in makers(driver.door)[1:]:
             assert inspect.isfunction(factory)
             assert factory.__doc__
-            found = parameters(factory)
-            assert {**found, **dict.fromkeys(names), **options, "iso8601": False} == {"timeout": 10, **found}
-    from_env = driver.door.NexusAuth.from_env
-    assert parameters(from_env) == {"prefix": "NEXUS_", "options": inspect.Parameter.empty}
+            found = {"timeout": 10, **defaults(factory)}  # a client's is among the options of httpx
+            assert found == {**found, **dict.fromkeys(names), **options, "iso8601": False}
+            assert isinstance(outcome(factory, "id", "secret", "test", "api1"), TypeError)
+
+
+# What the factories make
 
 
 def test_a_factory_makes_a_plain_client(driver: Driver, sandbox: NexusSandbox) -> None:
@@ -104,61 +112,49 @@ def test_a_factory_makes_a_plain_client(driver: Driver, sandbox: NexusSandbox) -
     assert "request_iso8601" not in made.headers
 
 
-@pytest.mark.parametrize("path", ["/customer", "customer", "/customer?page=2", "customer/1/", "?page=2", ""])
-def test_relative_urls(driver: Driver, sandbox: NexusSandbox, path: str) -> None:
+def test_urls(driver: Driver, sandbox: NexusSandbox) -> None:
     client = driver.ready_made(sandbox)
-    assert driver.get(client, path).status == 200
-    assert sandbox.requests[0].path == f"/{path.lstrip('/')}"
+    for path in ("/customer", "customer", "/customer?page=2", "customer/1/", "?page=2", ""):
+        assert driver.get(client, path).status == 200, path
+        assert sandbox.requests[-1].path == f"/{path.lstrip('/')}"
+    for absolute in (url(sandbox, "/absolute"), url(sandbox, "/absolute").replace("http:", "HTTP:")):
+        assert driver.get(client, absolute).status == 200, absolute
+        assert sandbox.requests[-1].path == "/absolute"
+    for only_looks_absolute in ("//evil.example/x", "@evil.example/x", "/https://evil.example", ".evil.example/x",
+                                "\\\\evil.example", "?https://evil.example"):  # fmt: skip
+        assert driver.get(client, only_looks_absolute).status == 200, only_looks_absolute
+
+
+@ON_REQUESTS
+def test_urls_that_only_look_absolute_to_requests(driver: Driver, sandbox: NexusSandbox) -> None:
+    """Its sessions join nothing themselves, so this is for the door to do."""
+    client = driver.ready_made(sandbox)
+    for only_looks_absolute in (":443@evil.example", "https:evil.example", "https:/evil.example"):
+        assert driver.get(client, only_looks_absolute).status == 200, only_looks_absolute
+    request = driver.library.Request("GET", b"/bytes")
+    assert client.send(client.prepare_request(request)).status_code == 200
+    assert (sandbox.requests[-1].path, request.url) == ("/bytes", b"/bytes")  # the caller's own stays as it is
 
 
 def test_relative_urls_to_a_base_url_with_a_path(driver: Driver, sandbox: NexusSandbox) -> None:
     for base_url in (url(sandbox, "/nexus/v1"), url(sandbox, "/nexus/v1/")):
-        urls = {"token_endpoint": sandbox.environment.token_endpoint, "base_url": base_url}
-        environment = nexus_auth.Environment("with a path", **urls)
+        environment = Environment("v1", token_endpoint=sandbox.environment.token_endpoint, base_url=base_url)
         client = driver.keep(driver.from_factory(sandbox.client_id, sandbox.client_secret, environment))
         assert driver.get(client, "/customer").status == 200
         assert sandbox.requests[-1].path == "/nexus/v1/customer"
 
 
-def test_absolute_urls(driver: Driver, sandbox: NexusSandbox, stranger: NexusSandbox) -> None:
-    client = driver.ready_made(sandbox)
-    assert driver.get(client, url(sandbox, "/absolute")).status == 200
-    assert driver.get(client, url(sandbox, "/upper").replace("http:", "HTTP:")).status == 200
-    assert driver.get(client, url(stranger, "/elsewhere")).status == 401
-    assert [arrival.path for arrival in sandbox.requests + stranger.requests] == ["/absolute", "/upper", "/elsewhere"]
-
-
-def test_addresses_that_only_look_absolute(driver: Driver, sandbox: NexusSandbox) -> None:
-    client = driver.ready_made(sandbox)
-    for address in ("//evil.example/x", "@evil.example/x", "/https://evil.example", "\\\\evil.example",
-                    ".evil.example/x", "?https://evil.example"):  # fmt: skip
-        assert driver.get(client, address).status == 200, address
-    assert all(str(arrival.headers["Authorization"]).startswith("Bearer ") for arrival in sandbox.requests)
-
-
-@ON_REQUESTS
-def test_addresses_that_only_look_absolute_to_requests(driver: Driver, sandbox: NexusSandbox) -> None:
-    """Its sessions join nothing themselves, so this is for the door to do."""
-    client = driver.ready_made(sandbox)
-    for address in (":443@evil.example", "https:evil.example", "https:/evil.example"):
-        assert driver.get(client, address).status == 200, address
-    assert client.send(client.prepare_request(driver.library.Request("GET", b"/bytes"))).status_code == 200
-    assert [arrival.path for arrival in sandbox.requests][-1] == "/bytes"
-    assert all(str(arrival.headers["Authorization"]).startswith("Bearer ") for arrival in sandbox.requests)
-
-
 def test_iso8601(driver: Driver, sandbox: NexusSandbox) -> None:
     client = driver.ready_made(sandbox, iso8601=True)
-    driver.get(client, "/customer")
-    sandbox.revoke_tokens()
-    driver.get(client, "/customer")
-    assert [arrival.headers["request_iso8601"] for arrival in sandbox.requests] == ["true"] * 3
+    sandbox.answer("/customer", status=401)
+    assert driver.get(client, "/customer").history == [401]
+    assert [arrival.headers["request_iso8601"] for arrival in sandbox.requests] == ["true"] * 2
     assert [arrival.headers["request_iso8601"] for arrival in sandbox.token_requests] == [None] * 2
 
 
 def test_the_timeout_of_a_factory_is_that_of_token_requests(driver: Driver, sandbox: NexusSandbox) -> None:
-    client = driver.ready_made(sandbox, timeout=0.05, max_wait=0.1)
-    sandbox.fail_token_requests(None, delay=5)
+    client = driver.ready_made(sandbox, timeout=0.1, max_wait=0)
+    sandbox.fail_token_requests(delay=5)
     call = driver.in_background(driver.get, client, "/customer")
     assert isinstance(call.exception(timeout=4), driver.library_error)
     assert sandbox.requests == []
@@ -166,34 +162,34 @@ def test_the_timeout_of_a_factory_is_that_of_token_requests(driver: Driver, sand
 
 @pytest.mark.usefixtures("in_variables")
 def test_a_factory_without_credentials_reads_the_environment_variables(driver: Driver, sandbox: NexusSandbox) -> None:
-    client = driver.keep(driver.from_factory(scope="sanctionlist", iso8601=True))
+    client = driver.keep(driver.from_factory(scope="sanctionlist"))
     assert driver.get(client, "/customer").status == 200
     assert dict(sandbox.token_requests[0].form)["scope"] == "sanctionlist"
-    assert sandbox.requests[0].headers["request_iso8601"] == "true"
 
 
-@pytest.mark.usefixtures("in_variables")
 def test_a_factory_with_some_credentials_names_what_is_missing(driver: Driver) -> None:
+    """Without any of them it names the environment variables."""
     arguments = {"client_id": "id", "client_secret": "s3cret", "environment": "test"}
-    for count in (1, 2):
-        for given in itertools.combinations(arguments, count):
-            with pytest.raises(TypeError) as raised:
-                driver.from_factory(**{name: arguments[name] for name in given})
-            missing = ", ".join(name for name in arguments if name not in given)
-            assert str(raised.value).startswith(f"missing: {missing}; without all three the environment variables ")
-            assert "s3cret" not in str(raised.value)
-
-
-def test_a_factory_without_credentials_and_variables_names_the_variables(driver: Driver) -> None:
+    for given in itertools.chain.from_iterable(itertools.combinations(arguments, count) for count in (1, 2)):
+        with pytest.raises(TypeError) as raised:
+            driver.from_factory(**{name: arguments[name] for name in given})
+        missing = ", ".join(name for name in arguments if name not in given)
+        assert str(raised.value).startswith(f"missing: {missing}; without all three the environment variables ")
+        assert "s3cret" not in str(raised.value)
     with pytest.raises(ValueError, match="NEXUS_CLIENT_ID, NEXUS_CLIENT_SECRET, NEXUS_ENVIRONMENT"):
         driver.from_factory()
 
 
+# The token itself
+
+
 def test_the_token_for_what_is_no_http_call(driver: Driver, sandbox: NexusSandbox) -> None:
     """What it does with a token that was refused is proved where a 401 is."""
-    auth = driver.auth(sandbox)
+    auth = driver.auth(sandbox, scope="api1 sanctionlist")
+    assert (auth.scope, auth.expires_in) == ("api1 sanctionlist", 0)  # there is none
     token = driver.access_token(auth)
     assert type(token) is str
+    assert auth.expires_in == pytest.approx(3600, abs=60)
     assert driver.get(driver.client(auth), url(sandbox)).status == 200
     assert sandbox.requests[0].headers["Authorization"] == f"Bearer {token}"
     assert len(sandbox.token_requests) == 1
@@ -204,26 +200,10 @@ def test_the_token_for_what_is_no_http_call_has_the_errors_of_a_call(driver: Dri
     assert type(refused) is driver.door.TokenRequestError
     assert refused.error == "invalid_client"
     sandbox.fail_token_requests(status=429, retry_after=30)
-    late: Any = outcome(driver.access_token, driver.auth(sandbox, max_wait=5))
-    assert type(late) is driver.door.TokenWaitError
+    assert type(outcome(driver.access_token, driver.auth(sandbox, max_wait=5))) is driver.door.TokenWaitError
 
 
-def test_how_long_the_token_lives(driver: Driver, sandbox: NexusSandbox) -> None:
-    auth = driver.auth(sandbox, scope="api1 sanctionlist")
-    assert (auth.scope, auth.expires_in) == ("api1 sanctionlist", 0)  # there is none
-    driver.access_token(auth)
-    assert auth.expires_in == pytest.approx(3600, abs=5)
-    nexus_auth.forget_tokens()
-    sandbox.fail_token_requests(status=200, json={"access_token": "t"})
-    driver.access_token(auth)
-    assert auth.expires_in == math.inf
-
-
-def test_who_sends_the_token_is_told_of_the_risk(driver: Driver) -> None:
-    for name in ("access_token", "async_access_token"):
-        if method := getattr(driver.door.NexusAuth, name, None):
-            assert method.__doc__
-    assert "wherever you send it" in driver.door.NexusAuth.access_token.__doc__
+# How they fit in with their libraries
 
 
 def test_an_auth_of_another_library(doors: list[Driver], sandbox: NexusSandbox) -> None:
@@ -232,10 +212,10 @@ def test_an_auth_of_another_library(doors: list[Driver], sandbox: NexusSandbox) 
         if driver.library is given.library:
             continue
         auth = given.auth(sandbox)
+        own, other = given.library.__name__, driver.library.__name__
         for client, options in ((driver.client(auth), {}), (driver.client(), {"auth": auth})):
             with pytest.raises(TypeError) as raised:
                 driver.get(client, url(sandbox), **options)
-            own, other = given.library.__name__, driver.library.__name__
             expected = f"this NexusAuth is for {own}; for {other}: from nexus_auth.{other} import NexusAuth"
             assert str(raised.value) == expected
     assert sandbox.token_requests == sandbox.requests == []
@@ -263,19 +243,13 @@ def test_another_auth_of_the_client_is_left_alone(driver: Driver, sandbox: Nexus
     assert sandbox.requests[1].headers["Authorization"].startswith("Basic ")
 
 
-@pytest.fixture(params=["NETRC", "HOME"])
-def netrc(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have an entry for every host in ~/.netrc, or in the file that NETRC names."""
-    path = tmp_path / ".netrc"
+@pytest.fixture
+def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a file with an entry for every host."""
+    path = tmp_path / "netrc"
     path.write_text("machine 127.0.0.1 login user password from-netrc\ndefault login user password from-netrc\n")
     path.chmod(0o600)
-    monkeypatch.delenv("NETRC")
-    monkeypatch.setenv(request.param, str(path if request.param == "NETRC" else tmp_path))
-
-
-def authorizations(sandbox: NexusSandbox) -> set[str]:
-    """Return the schemes of the Authorization headers that arrived."""
-    return {str(arrival.headers["Authorization"]).partition(" ")[0] for arrival in sandbox.requests}
+    monkeypatch.setenv("NETRC", str(path))
 
 
 @pytest.mark.usefixtures("netrc")
@@ -285,11 +259,10 @@ def test_netrc_never_replaces_the_token(driver: Driver, sandbox: NexusSandbox) -
         sandbox.answer("/old", status=status, headers={"Location": "/older"})
         sandbox.answer("/older", status=status, headers={"Location": url(sandbox)})
         assert driver.get(client, "/old").status == 200
-    assert len(sandbox.token_requests) == 1
     sandbox.revoke_tokens()
     sandbox.answer("/old", status=307, headers={"Location": url(sandbox)})
     assert driver.get(client, "/old").status == 200
-    assert authorizations(sandbox) == {"Bearer"}
+    assert all(arrival.headers["Authorization"].startswith("Bearer ") for arrival in sandbox.requests)
     assert [arrival.headers["Authorization"] for arrival in sandbox.token_requests] == [None] * 2
 
 
@@ -300,7 +273,7 @@ def test_netrc_serves_other_hosts_as_it_always_does(
 ) -> None:
     sandbox.answer("/away", status=302, headers={"Location": url(stranger)})
     assert driver.get(driver.ready_made(sandbox), "/away").status == 401
-    assert authorizations(stranger) == {"Basic"}
+    assert stranger.requests[0].headers["Authorization"].startswith("Basic ")
 
 
 def test_hooks_see_the_api_alone(driver: Driver, sandbox: NexusSandbox) -> None:
@@ -312,25 +285,18 @@ def test_hooks_see_the_api_alone(driver: Driver, sandbox: NexusSandbox) -> None:
     assert driver.get(client, "/customer").history == [401]
     assert {address for address, _ in seen} == {url(sandbox)}
     assert [seen[0][1], seen[-1][1]] == [200, 200]
-    assert len(sandbox.token_requests) == 2
 
 
 def test_hooks_that_raise_for_status(driver: Driver, sandbox: NexusSandbox) -> None:
     client = driver.ready_made(sandbox)
     driver.on_response(client, lambda response: response.raise_for_status())
-    assert driver.get(client, "/customer").status == 200
-    for status in (400, 404, 503):
-        sandbox.answer("/odd", status=status)
+    for status in (404, 503, 401):
+        sandbox.answer("/odd", status=status, times=None)
         error: Any = outcome(driver.get, client, "/odd")
         assert not isinstance(error, NexusAuthError)
         assert error.response.status_code == status
         outcome(getattr, error.response, "content")  # which requests leaves to its user; once it is read, it is closed
-    assert driver.get(client, "/customer").status == 200
-    assert len(sandbox.token_requests) == 1
-    sandbox.answer("/odd", status=401, times=2)
-    refused: Any = outcome(driver.get, client, "/odd")
-    assert refused.response.status_code == 401
-    outcome(getattr, refused.response, "content")
+        assert driver.get(client, "/customer").status == 200
 
 
 @ON_REQUESTS
@@ -349,11 +315,11 @@ def test_hooks_of_requests_see_the_answer_that_the_caller_gets(driver: Driver, s
 def test_a_stream_is_the_callers_to_read(driver: Driver, sandbox: NexusSandbox) -> None:
     """Here its end never comes."""
     client = driver.ready_made(sandbox)
+    sandbox.answer("/endless", status=401)
+    sandbox.answer("/endless", headers={"Content-Length": "1000000"}, times=2)
     for _ in range(2):
-        sandbox.answer("/endless", status=401)
-        sandbox.answer("/endless", headers={"Content-Length": "1000000"})
         assert driver.in_background(driver.status_of, client, "/endless").result(timeout=10) == 200
-    assert len(sandbox.token_requests) == 3
+    assert len(sandbox.token_requests) == 2
 
 
 def test_the_timeout_of_a_call_holds_for_what_is_sent_again(driver: Driver, sandbox: NexusSandbox) -> None:
@@ -367,24 +333,15 @@ def test_the_timeout_of_a_call_holds_for_what_is_sent_again(driver: Driver, sand
 
 def test_what_the_caller_sends_is_sent_again_as_it_was(driver: Driver, sandbox: NexusSandbox) -> None:
     client = driver.ready_made(sandbox)
-    sandbox.answer("/customer", "POST", status=401)
+    sandbox.answer("/customer", "POST", status=401, headers={"Set-Cookie": "refused=1; Path=/"})
+    sandbox.answer("/customer", "POST", headers={"Set-Cookie": "accepted=1; Path=/"})
     headers = {"X-Mine": "mine", "Content-Type": "text/plain"}
     reply = driver.send(client, "POST", "/customer", b"mine", headers=headers, params={"page": "2"})
     assert (reply.status, reply.history) == (200, [401])
-    refused, accepted = sandbox.requests
-    assert refused.headers["Authorization"] != accepted.headers["Authorization"]
-    for arrival in (refused, accepted):
+    for arrival in sandbox.requests:
         assert (arrival.method, arrival.path, arrival.body) == ("POST", "/customer?page=2", b"mine")
         assert [arrival.headers[name] for name in headers] == list(headers.values())
-
-
-def test_cookies_of_a_mended_call_are_kept(driver: Driver, sandbox: NexusSandbox) -> None:
-    client = driver.ready_made(sandbox)
-    sandbox.answer("/customer", status=401, headers={"Set-Cookie": "refused=1; Path=/"})
-    sandbox.answer("/customer", headers={"Set-Cookie": "accepted=1; Path=/"})
-    assert driver.get(client, "/customer").status == 200
     assert dict(client.cookies) == {"refused": "1", "accepted": "1"}
-    assert [arrival.headers["Cookie"] for arrival in sandbox.token_requests] == [None, None]
 
 
 @ON_REQUESTS
@@ -398,15 +355,12 @@ def test_a_prepared_request_can_be_sent_again_and_again(driver: Driver, sandbox:
     assert {arrival.body for arrival in sandbox.requests if arrival.method == "POST"} == {prepared.body}
 
 
-def test_no_connection_is_needed_for_what_fails_at_once(driver: Driver, sandbox: NexusSandbox) -> None:
-    """An API that refuses connections is the library's error, as without the auth; the token is kept."""
-    client = driver.client(driver.auth(sandbox))
-    environment = nexus_auth.Environment(
-        "API that is down", token_endpoint=sandbox.environment.token_endpoint, base_url=nowhere().base_url
-    )
-    down = driver.client(driver.auth(sandbox, environment=environment))
+def test_an_api_that_is_down_is_an_error_of_the_library(driver: Driver, sandbox: NexusSandbox) -> None:
+    """As without the auth; the token is kept."""
+    base_url = nowhere().base_url
+    environment = Environment("down", token_endpoint=sandbox.environment.token_endpoint, base_url=base_url)
+    client = driver.client(driver.auth(sandbox, environment=environment))
     for _ in range(2):
         with pytest.raises(driver.connection_error):
-            driver.get(down, f"{environment.base_url}/customer")
-    assert driver.get(client, url(sandbox)).status == 200
+            driver.get(client, f"{base_url}/customer")
     assert len(sandbox.token_requests) == 1
