@@ -82,6 +82,7 @@ class Driver(ABC):
     """One HTTP library, used in one way. Entered, it closes in the end what it has made."""
 
     library: Any
+    kind: Any  # of session or client; a test may set a subclass
     library_error: type[Exception]
     connection_error: type[Exception]
     timeout_error: type[Exception]
@@ -213,12 +214,13 @@ class RequestsDriver(BlockingDriver):
 
     def __init__(self, library_name: str) -> None:
         super().__init__(library_name)
+        self.kind = self.library.Session
         self.library_error = self.library.RequestException
         self.connection_error = self.library.ConnectionError
         self.timeout_error = self.library.Timeout
 
     def new_client(self, auth: Any, options: dict[str, Any]) -> Any:
-        session = self.library.Session()
+        session = self.kind()
         for name, value in {"auth": auth, **options}.items():
             setattr(session, name, value)
         return session
@@ -270,12 +272,13 @@ class HTTPXDriver(BlockingDriver):
 
     def __init__(self, library_name: str) -> None:
         super().__init__(library_name)
+        self.kind = self.library.Client
         self.library_error = self.library.RequestError
         self.connection_error = self.library.ConnectError
         self.timeout_error = self.library.TimeoutException
 
     def new_client(self, auth: Any, options: dict[str, Any]) -> Any:
-        return self.library.Client(auth=auth, **{**self.defaults, **options})
+        return self.kind(auth=auth, **{**self.defaults, **options})
 
     def from_factory(self, *credentials: Any, **options: Any) -> Any:
         return self.door.nexus_client(*credentials, **{**self.defaults, **options})
@@ -307,14 +310,12 @@ class AsyncHTTPXDriver(HTTPXDriver):
 
     def __init__(self, library_name: str, backend: str) -> None:
         super().__init__(library_name)
+        self.kind = self.library.AsyncClient
         self.backend = backend
 
     def open(self, stack: contextlib.ExitStack) -> None:
         self.portal = stack.enter_context(start_blocking_portal(self.backend))
         super().open(stack)
-
-    def new_client(self, auth: Any, options: dict[str, Any]) -> Any:
-        return self.library.AsyncClient(auth=auth, **{**self.defaults, **options})
 
     def from_factory(self, *credentials: Any, **options: Any) -> Any:
         return self.door.nexus_async_client(*credentials, **{**self.defaults, **options})
