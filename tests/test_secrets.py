@@ -210,7 +210,8 @@ def assert_fails_twice_and_tells_nothing(driver: Driver, auth: Any) -> Any:
 def test_errors_show_nothing_of_what_is_on_the_wire(driver: Driver, all_logs: None) -> None:
     with NexusSandbox(client_secret=SECRET) as sandbox:
         for answer in ON_THE_WIRE.values():
-            sandbox.fail_token_requests(None, **{"status": 200, **answer})
+            script: dict[str, Any] = {"status": 200, **answer}
+            sandbox.fail_token_requests(None, **script)
             # Of an answer without a length the end is waited for.
             assert_fails_twice_and_tells_nothing(driver, driver.auth(sandbox, timeout=0.5))
 
