@@ -190,6 +190,10 @@ class Credentials:
                 shared = self._shared
                 yield from self._in_store(lambda: shared.give_back_turn(attempt.turn.owner), False)
             return decision
+        except BaseException:  # broken off: there will be no replay to say whether a renewal has helped
+            if call.renewed is not None:
+                self.replayed(call.renewed, None)
+            raise
         finally:  # on cancellation too, when nothing can be yielded: what is held in a store runs out by itself
             attempt.turn.give_back(attempt.steps)
             self._endpoint.leave_line(attempt.permit)

@@ -578,6 +578,15 @@ def test_a_401_while_no_token_is_to_be_had(driver: Driver, sandbox: NexusSandbox
     assert 99 < error.retry_after <= 100
 
 
+def test_a_401_after_a_token_that_took_long(driver: Driver, sandbox: NexusSandbox) -> None:
+    """What is left of `max_wait` is less than the second that the token endpoint asks for then."""
+    stranger = {"access_token": "unknown", "token_type": "Bearer"}
+    sandbox.fail_token_requests(status=200, json=stranger, delay=0.3)
+    sandbox.fail_token_requests(status=429, retry_after=1)
+    client = driver.client(driver.auth(sandbox, max_wait=1.2))
+    assert isinstance(outcome(driver.get, client, url(sandbox)), driver.door.TokenWaitError)
+
+
 def test_another_token_for_what_is_no_http_call(driver: Driver, sandbox: NexusSandbox) -> None:
     auth = driver.auth(sandbox)
     first = driver.access_token(auth)

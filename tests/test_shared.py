@@ -11,7 +11,7 @@ from conftest import Log
 from herd import CLIENT, REFUSAL, Answer, Herd, MemoryStore, access_token, response, retry_after, token, tokens
 
 from nexus_auth.credentials import Credentials
-from nexus_auth.known import Decision, Known, Raise, TooLong, Use
+from nexus_auth.known import Decision, GiveUp, Known, Raise, TooLong, Use
 from nexus_auth.quota import LIMIT, Endpoint, Permits
 from nexus_auth.shared import News, Shared
 from nexus_auth.store import _seal
@@ -250,6 +250,17 @@ def test_a_cancellation(herd: Processes) -> None:
     herd.wait(12)  # the turn in the store has to run out first
     caller.break_off()
     assert len(herd.sent) == len(herd.endpoint.permits.held) == 1  # which may still arrive
+
+
+def test_a_cancellation_after_a_renewal(herd: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no replay to say whether it has helped: the next answer to the new token does."""
+    one = herd.own_process()
+    herd.call(credentials=one)
+    caller = herd.start("t1", credentials=one)
+    monkeypatch.setattr(herd.store, "put", lambda *_: caller.break_off())
+    herd.run()
+    one.answered("t2", 401)
+    assert isinstance(herd.call("t2", credentials=one), GiveUp)
 
 
 # What is read
