@@ -358,6 +358,15 @@ def test_of_two_waits_the_longer_counts(closed_for: float, least: float) -> None
     assert least <= herd.sent[5] - asked_at <= 1.1 * least + 1
 
 
+def test_who_pauses_is_told_at_once_that_the_endpoint_has_closed_meanwhile() -> None:
+    herd = Herd(response(429))
+    caller = herd.start(max_wait=20)
+    herd.wait(0.5)
+    herd.endpoint.close(herd.clock() + 100)
+    herd.wait(0.1)
+    assert retry_after(caller.outcome) == pytest.approx(100, abs=0.1)
+
+
 def test_a_wait_for_another_try_is_a_warning(log: Log) -> None:
     herd = Herd(response(429, Retry_After="20"), token("t"))
     herd.call()
