@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -261,6 +262,33 @@ def test_a_cancellation_after_a_renewal(herd: Processes, monkeypatch: pytest.Mon
     herd.run()
     one.answered("t2", 401)
     assert isinstance(herd.call("t2", credentials=one), GiveUp)
+
+
+def test_no_more_than_eight_threads_hang_in_a_store(herd: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging: list[str] = []
+    moved, end = threading.Semaphore(0), threading.Event()
+
+    def get(name: str) -> None:
+        hanging.append(name)
+        moved.release()
+        end.wait()
+
+    def look() -> None:
+        shared.look_for_token(set())
+        moved.release()
+
+    monkeypatch.setattr(herd.store, "get", get)
+    shared = Shared(herd.store, CLIENT, herd.clock)
+    threads = [threading.Thread(target=look) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+        assert moved.acquire(timeout=10)
+        shared.gave_up()
+        herd.wait(30)  # then it is asked again
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert len(hanging) == 8
 
 
 # What is read
