@@ -112,7 +112,10 @@ def spawn(*argv: str, stdout: Any = subprocess.PIPE) -> Any:
 
 def finish(process: Any) -> Outcome:
     with process:
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # which is nothing for one that has ended
     return Outcome(process.returncode, out or "", err)
 
 
@@ -533,12 +536,20 @@ def test_a_reader_that_has_gone_is_not_complained_of(nexus: NexusSandbox) -> Non
         assert finish(spawn("get", "/customer", stdout=stdout)) == (1, "", "")
 
 
+@pytest.fixture
+def ctrl_c() -> Generator[signal.Signals, None, None]:
+    """The signal of Ctrl-C, which children take no notice of if these tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.SIGINT
+    signal.signal(signal.SIGINT, before)
+
+
 def test_sandbox_serves_others_until_ctrl_c(
-    run: Run, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    run: Run, ctrl_c: signal.Signals, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = closed_port()
     process = spawn("sandbox", "--port", str(port), "--limit", "2", "--expires-in", "1234")
-    request.addfinalizer(process.kill)  # which is nothing for one that has ended
+    request.addfinalizer(process.kill)
     exports = [shlex.split(process.stdout.readline()) for _ in VARIABLES]
     assert {word for word, _ in exports} == {"export"}
     variables = dict(assignment.split("=", 1) for _, assignment in exports)
@@ -551,5 +562,5 @@ def test_sandbox_serves_others_until_ctrl_c(
     assert requests.post(hint.split()[-1], timeout=10).status_code == 204
     assert run("get", "/customer").status == 0  # with the second of two tokens
     assert "60 token requests per minute" in run("token", "--no-store", "--max-wait", "1").reason
-    process.send_signal(signal.SIGINT)
+    process.send_signal(ctrl_c)
     assert finish(process) == (0, "", "")
