@@ -462,7 +462,7 @@ def test_an_expired_token_is_replaced_at_once_although_its_renewal_failed(stale:
     stale.then(NO_ROUTE, token("t2"))
     assert access_token(stale.call()) == "t1"
     stale.wait(1)
-    assert access_token(stale.call()) == "t2"
+    assert access_token(stale.call(max_wait=0.5)) == "t2"
     assert stale.sent == [0, 3599, 3600]
 
 
@@ -540,13 +540,13 @@ def test_what_the_log_says_of_the_life_of_a_token(caplog: pytest.LogCaptureFixtu
 def test_what_is_waited_for_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "nexus_auth")
     herd = Herd(token("t", takes=5))
-    herd.endpoint.close(herd.clock() + 1)
-    herd.start(max_wait=1)
+    herd.endpoint.close(herd.clock() + 0.98765)
+    herd.start(max_wait=0.98765)
     herd.start()
     herd.run()
     assert [(record.levelname, record.getMessage(), vars(record)["seconds"]) for record in caplog.records[:2]] == [
-        ("DEBUG", f"{ENDPOINT} wants no token request for now (Retry-After): the next may go in 1.0 s", 1),
-        ("DEBUG", f"{ENDPOINT} is being asked for another caller: the next may go in 1.0 s", 1),
+        ("DEBUG", f"{ENDPOINT} wants no token request for now (Retry-After): the next may go in 1.0 s", 0.988),
+        ("DEBUG", f"{ENDPOINT} is being asked for another caller: the next may go in 1.0 s", 0.988),
     ]
     assert len(caplog.records) == 3  # with that of the token
 

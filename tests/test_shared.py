@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from conftest import Log
-from herd import CLIENT, REFUSAL, Answer, Herd, MemoryStore, access_token, response, retry_after, token, tokens
+from herd import CLIENT, REFUSAL, Answer, Herd, MemoryStore, access_token, limits, response, retry_after, token, tokens
 
 from nexus_auth.credentials import Credentials
-from nexus_auth.known import Decision, GiveUp, Known, Raise, TooLong, Use
-from nexus_auth.quota import LIMIT, Endpoint, Permits
+from nexus_auth.known import Call, Decision, GiveUp, Known, Raise, TooLong, Use
+from nexus_auth.quota import LIMIT, Endpoint, Permits, Place
 from nexus_auth.shared import News, Shared
+from nexus_auth.steps import CallStore
 from nexus_auth.store import _seal
 from nexus_auth.store._seal import Seal
 from nexus_auth.token import Token
@@ -36,6 +37,7 @@ class RecordingStore(MemoryStore):
         super().__init__(clock)
         self.meanwhile: list[Callable[[], object]] = []  # what comes while the quota is asked for, in turn
         self.rows: list[tuple[str, bytes]] = []  # names and values that were put
+        self.permits: set[str] = set()  # owners of those of the quota
         self.is_away = False
         self._asked: Asked = []
 
@@ -43,10 +45,15 @@ class RecordingStore(MemoryStore):
         self._note("acquire", name, hold)
         if name.startswith("quota:") and self.meanwhile:
             self.meanwhile.pop(0)()
-        return super().acquire(name, owner, limit, hold)
+        wait = super().acquire(name, owner, limit, hold)
+        if name.startswith("quota:") and wait <= 0:
+            self.permits.add(owner)
+        return wait
 
     def release(self, name: str, owner: str, keep: float) -> None:
         self._note("release", name, keep)
+        if keep <= 0:
+            self.permits.discard(owner)
         super().release(name, owner, keep)
 
     def get(self, name: str) -> tuple[bytes, float] | None:
@@ -104,6 +111,9 @@ def herd() -> Processes:
 
 def test_for_the_first_token(herd: Processes) -> None:
     one = herd.process()
+    first = next(one.obtain(Call(limits()), Place(object())))
+    assert isinstance(first, CallStore)
+    assert first.limit == 10  # seconds to make the keys: a look takes two at most
     assert access_token(herd.call(credentials=one)) == "t1"
     assert herd.store.asked() == [*LOOK, *PERMIT, ("put", "token", 90), *COUNTED, *TURN_BACK]
     assert access_token(herd.call(credentials=one)) == "t1"
@@ -220,14 +230,14 @@ def test_a_token_of_another_thread(herd: Processes) -> None:
     brought = Token.granted("brought", 3600, herd.clock(), herd.clock())
     herd.store.meanwhile = [lambda: setattr(one, "known", Known(brought))]
     assert access_token(herd.call(credentials=one)) == "brought"
-    assert (herd.sent, herd.endpoint.permits.held) == ([], ())
+    assert (herd.sent, herd.endpoint.permits.held, herd.store.permits) == ([], (), set())
     assert herd.store.asked() == [*LOOK, *PERMIT, ("release", "quota", 0), *TURN_BACK]
 
 
 def test_retry_after_of_another_call(herd: Processes) -> None:
     herd.store.meanwhile = [lambda: herd.endpoint.close(herd.clock() + 100)]
     assert retry_after(herd.call(credentials=herd.own_process())) == pytest.approx(100)
-    assert (herd.sent, herd.endpoint.permits.held) == ([], ())
+    assert (herd.sent, herd.endpoint.permits.held, herd.store.permits) == ([], (), set())
 
 
 def test_the_end_of_max_wait(herd: Processes) -> None:
@@ -292,6 +302,16 @@ def test_no_more_than_eight_threads_hang_in_a_store(herd: Processes, monkeypatch
 
 
 # What is read
+
+
+def test_a_token_of_another_process_that_was_waited_for_is_used_whatever_its_answer_took_of_its_life(
+    herd: Processes,
+) -> None:
+    herd.then(token("t", 20, takes=15))
+    callers = [herd.start(credentials=herd.process(), timeout=20) for _ in range(3)]
+    herd.run()
+    assert {access_token(caller.outcome) for caller in callers} == {"t"}
+    assert herd.sent == [0]
 
 
 def test_a_stale_token_of_another_process_is_renewed_ahead_of_expiry(herd: Processes) -> None:
