@@ -1,6 +1,6 @@
 """Processes: what they share through a store, what a fork and a pickle take along, all of it in real processes.
 
-What many processes do beside each other is proved on a virtual clock, in `test_simulation.py`.
+What very many of them do beside each other is proved on a virtual clock, in `test_simulation.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import INSTALLED, Driver, GatedSandbox, Log, outcome, url
+from server import Server, closed_port, running_server
 
 import nexus_auth
 from nexus_auth.testing import NexusSandbox
@@ -27,13 +28,14 @@ requests: Any = pytest.importorskip("requests", reason="the processes sign calls
 DOORS = [name for name in INSTALLED if not name.endswith("trio")]
 
 SCRIPT = """
-import asyncio, importlib, json, sys, threading
+import asyncio, importlib, json, sys, threading, time
 from nexus_auth import Environment, credentials, quota, shared
 job = json.loads(sys.argv[1])
 library_name, _, is_async = job["door"].partition("-")
 library, door = importlib.import_module(library_name), importlib.import_module("nexus_auth." + library_name)
 environment = Environment("sandbox", **job["urls"])
 address = environment.base_url + "/customer"
+credentials.STORE_LIMIT, credentials.STORE_TIME = 20.0, 40.0  # a busy machine is no outage
 if job["quota"]:
     quota.LIMIT = shared.LIMIT = job["quota"]
     credentials.KEEP = shared.KEEP = quota.KEEP = job["quota"] + 0.1
@@ -43,9 +45,11 @@ async def call_async(auth):
         return await client.get(address)
 
 def call(client_id):
-    auth = door.NexusAuth(client_id, job["client_secret"], environment, store=job["store"])
-    response = asyncio.run(call_async(auth)) if is_async else library.get(address, auth=auth)
-    said.append(response.status_code)
+    auth = door.NexusAuth(client_id, job["client_secret"], environment, store=job["store"], timeout=job["timeout"])
+    for _ in range(job["calls"]):
+        response = asyncio.run(call_async(auth)) if is_async else library.get(address, auth=auth)
+        said.append(response.status_code)
+        time.sleep(job["pause"])
 
 said = []
 print("ready", flush=True)
@@ -67,12 +71,20 @@ class Processes:
         self.store = store
         self.running: list[subprocess.Popen[str]] = []
 
-    def start(self, count: int) -> None:
+    def start(self, count: int, **options: Any) -> None:
         for _ in range(count):
-            self.start_one([self.nexus.client_id])
+            self.start_one([self.nexus.client_id], **options)
 
-    def start_one(self, client_ids: list[str], quota: int | None = None) -> None:
-        """Start a process that makes a call for each of `client_ids`, all at once."""
+    def start_one(
+        self,
+        client_ids: list[str],
+        *,
+        calls: int = 1,
+        pause: float = 0.0,
+        timeout: float = 10.0,
+        quota: int | None = None,
+    ) -> None:
+        """Start a process with a thread for each of `client_ids`, which makes `calls`, and a pause after each."""
         environment = self.nexus.environment
         job = {
             "urls": {"token_endpoint": environment.token_endpoint, "base_url": environment.base_url},
@@ -80,6 +92,9 @@ class Processes:
             "client_secret": self.nexus.client_secret,
             "store": str(self.store),
             "door": DOORS[len(self.running) % len(DOORS)],
+            "calls": calls,
+            "pause": pause,
+            "timeout": timeout,
             "quota": quota,
         }
         command = [sys.executable, "-W", "error", "-c", SCRIPT, json.dumps(job)]
@@ -148,6 +163,69 @@ def test_the_quota_holds_for_all_processes(processes: Processes, gated: GatedSan
     arrivals = sorted(request.time for request in gated.token_requests)
     assert len(arrivals) == 24
     assert all(later - sooner > 6 for sooner, later in zip(arrivals, arrivals[6:], strict=False))
+
+
+@pytest.mark.slow
+def test_revocations_under_load_cost_a_renewal_each(processes: Processes, gated: GatedSandbox) -> None:
+    gated.gate.set()
+    processes.start(10, calls=30, pause=0.2)
+    processes.go()
+    for _ in range(2):
+        time.sleep(2.5)  # of the seven or so that they go on
+        gated.revoke_tokens()
+    assert processes.said() == [200] * 300
+    assert len(gated.token_requests) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no kill -9")
+def test_a_process_that_is_killed_while_it_fetches_holds_up_nobody_for_long(
+    processes: Processes, gated: GatedSandbox
+) -> None:
+    processes.start(1, timeout=2)
+    processes.go()
+    gated.arrived(1)
+    victim = processes.running.pop()
+    victim.kill()
+    victim.communicate()
+    gated.gate.set()
+    processes.start(3, timeout=2)
+    processes.go()
+    assert processes.said() == [200] * 3
+    assert len(gated.token_requests) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["Redis"], indirect=True)
+def test_restarts_of_the_server_fail_no_call(processes: Processes, gated: GatedSandbox, tmp_path: Path) -> None:
+    gated.gate.set()
+    gated.expires_in = 4
+    port = closed_port()
+    processes.store = f"redis://127.0.0.1:{port}"
+    with running_server(tmp_path, port=port):
+        processes.start(8, calls=40, pause=0.2)
+        processes.go()
+        time.sleep(2)
+    for _ in range(2):
+        with running_server(tmp_path, port=port):
+            time.sleep(1.5)
+    with running_server(tmp_path, port=port):
+        assert processes.said() == [200] * 320
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGSTOP")
+@pytest.mark.parametrize("processes", ["Redis"], indirect=True)
+@pytest.mark.parametrize("signal_name", ["SIGSTOP", "SIGKILL"])
+def test_a_server_that_is_away_fails_no_call(
+    processes: Processes, gated: GatedSandbox, server: Server, signal_name: str
+) -> None:
+    gated.gate.set()
+    os.kill(server.pid, getattr(signal, signal_name))
+    processes.start(len(DOORS), calls=2)
+    processes.go()
+    assert processes.said() == [200] * 2 * len(DOORS)
+    assert len(gated.token_requests) == len(DOORS)  # as without a store: one for each process
 
 
 def test_a_store_that_cannot_be_used_fails_no_call_and_is_told_of_once(
