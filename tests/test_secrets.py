@@ -194,6 +194,22 @@ def test_whatever_the_token_endpoint_says(name: str) -> None:
     assert_hidden(looks(list(vars(fault).values())))
 
 
+ERROR_CODES = ("invalid_request", "invalid_client", "invalid_grant", "unauthorized_client", "unsupported_grant_type",
+               "invalid_scope")  # fmt: skip
+
+
+@pytest.mark.parametrize("secret", [*ERROR_CODES, "client"])
+def test_an_error_code_is_shown_though_the_secret_is_a_word_of_it(secret: str) -> None:
+    """Those of RFC 6749 section 5.2; without them nobody would know what is wrong."""
+    client = Client(TEST.token_endpoint, "id", HiddenText(secret), "api1")
+    for code in ERROR_CODES:
+        document = {"error": code, "error_description": f"your secret is {secret}"}
+        fault = judge(Response(400, {}, json.dumps(document).encode()), client, wall_clock=0)
+        assert isinstance(fault, Fault)
+        assert (fault.error, fault.error_description) == (code, "(withheld: the secret is in it)")
+        assert fault.reason == f"refused client 'id': {code}, (withheld: the secret is in it) (HTTP 400)"
+
+
 def assert_fails_twice_and_tells_nothing(driver: Driver, auth: Any) -> Any:
     """Make two calls, the second of which is told what is remembered of the first; return its error."""
     client = driver.client(auth)
