@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 from conftest import INSTALLED, Driver, GatedSandbox, Log, outcome, url
+from herd import MemoryStore
 from server import Server, closed_port, running_server
 
 import nexus_auth
+from nexus_auth import credentials
 from nexus_auth.testing import NexusSandbox
 
 requests: Any = pytest.importorskip("requests", reason="the processes sign calls of requests")
@@ -241,6 +243,36 @@ def test_a_store_that_cannot_be_used_fails_no_call_and_is_told_of_once(
     assert len(sandbox.token_requests) == 2  # as without a store
     warnings = [message for level, message in log() if level == "WARNING"]
     assert [message.partition(",")[0] for message in warnings] == [f"SQLiteStore({str(store)!r}) is out of order"]
+
+
+class HungStore(MemoryStore):
+    """A store that answers only once it is let go, or has been waited for much too long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_over = threading.Event()
+        self.answers = 0
+
+    def get(self, name: str) -> tuple[bytes, float] | None:
+        self.is_over.wait(10)
+        self.is_over.set()
+        self.answers += 1
+        return super().get(name)
+
+
+def test_a_store_that_hangs_is_not_waited_for_and_is_told_of_once(
+    driver: Driver, sandbox: NexusSandbox, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    monkeypatch.setattr(credentials, "STORE_LIMIT", 0.1)
+    store = HungStore()
+    client = driver.client(driver.auth(sandbox, store=store))
+    for _ in range(2):
+        assert driver.get(client, url(sandbox)).status == 200
+        sandbox.revoke_tokens()
+    assert (store.answers, len(sandbox.token_requests)) == (0, 2)
+    warnings = [message for level, message in log() if level == "WARNING"]
+    assert [message.rpartition(": ")[2] for message in warnings] == ["it does not answer"]
+    store.is_over.set()
 
 
 def test_a_pickled_auth_works_in_another_process_and_touches_no_file_without_a_store(sandbox: NexusSandbox) -> None:
