@@ -611,6 +611,16 @@ def test_while_one_renews_the_others_go_on_of_a_driver(driver: Driver, gated: Ga
     assert len(gated.token_requests) == 2
 
 
+def test_each_client_renews_its_token_by_its_own_leeway(driver: Driver, sandbox: NexusSandbox) -> None:
+    late, early = driver.ready_made(sandbox, leeway=20), driver.ready_made(sandbox, leeway=40)
+    driver.get(late, "/customer")
+    grow_old_in(sandbox, left=30)
+    driver.get(late, "/customer")
+    assert len(sandbox.token_requests) == 1
+    driver.get(early, "/customer")
+    assert len(sandbox.token_requests) == 2
+
+
 def test_a_renewal_ahead_that_fails_is_not_felt_until_the_token_expires(driver: Driver, sandbox: NexusSandbox) -> None:
     client = driver.client(driver.auth(sandbox))
     driver.get(client, url(sandbox))
