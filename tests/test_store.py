@@ -195,6 +195,7 @@ class NamedStore(MemoryStore, Store):
         ("redis://cache", "RedisStore('redis://cache', prefix='nexus_auth:')"),
         (" valkey://:s3cret@cache:6380/1\n", "RedisStore('redis://cache:6380/1', prefix='nexus_auth:')"),
         ("VALKEYS://me:s3cret@[::1]:6380", "RedisStore('rediss://[::1]:6380', prefix='nexus_auth:')"),
+        ("redis://me:s3@cret@cache", "RedisStore('redis://cache', prefix='nexus_auth:')"),
         ("unix:///run/x?password=s3cret&db=2", "RedisStore('unix:///run/x', prefix='nexus_auth:')"),
     ],
 )
@@ -289,7 +290,9 @@ def test_copies(tmp_path: Path) -> None:
         assert pickle.loads(pickle.dumps(store)) == copy.deepcopy(store) == copy.copy(store) == store
 
 
-@pytest.mark.parametrize("url", ["redis://:s3cret@cache", "unix:///x?password=s3cret"])
+@pytest.mark.parametrize(
+    "url", ["redis://:s3cret@cache", "unix:///x?password=s3cret", "rediss://cache?ssl_password=s3cret"]
+)
 def test_a_password_is_in_no_pickle(url: str) -> None:
     store = open_store(url)
     with pytest.raises(TypeError, match="make the store in the process that uses it") as caught:
