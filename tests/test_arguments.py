@@ -241,12 +241,15 @@ def test_from_env_by_name(door: Any, variables: Any) -> None:
     assert (type(auth), auth.client_id, auth.environment) == (door.NexusAuth, "id", PRODUCTION)
 
 
-def test_from_env_by_urls(sandbox: NexusSandbox, variables: Any) -> None:
+def test_from_env_by_urls(sandbox: NexusSandbox, variables: Any, tmp_path: Path) -> None:
+    store = tmp_path / "store"
     urls = {"TOKEN_ENDPOINT": sandbox.environment.token_endpoint, "BASE_URL": sandbox.environment.base_url}
-    variables("ACME_", CLIENT_ID=sandbox.client_id, CLIENT_SECRET=sandbox.client_secret, **urls)
+    credentials = {"CLIENT_ID": sandbox.client_id, "CLIENT_SECRET": sandbox.client_secret}
+    variables("ACME_", **credentials, **urls, STORE=str(store))
     auth = NexusAuth.from_env("ACME_", scope="sanctionlist", leeway=30, timeout=5, max_wait=10)
     assert auth.environment.base_url == sandbox.environment.base_url
     assert auth.access_token()
+    assert store.exists()
     assert dict(sandbox.token_requests[0].form)["scope"] == "sanctionlist"
     with pytest.raises(ValueError, match="NEXUS_CLIENT_ID"):
         NexusAuth.from_env()

@@ -358,6 +358,16 @@ def secured(context: ssl.SSLContext) -> Iterator[NexusSandbox]:
         yield secured
 
 
+@pytest.fixture
+def certificate(authority: trustme.CA, context: ssl.SSLContext, tmp_path: Path) -> str:
+    """The path of a client certificate, without which the secured sandbox talks to nobody."""
+    path = str(tmp_path / "client.pem")
+    authority.issue_cert("client@example.org").private_key_and_cert_chain_pem.write_to_path(path)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    return path
+
+
 def trusting_session(bundle: str, certificate: str) -> dict[str, Any]:
     return {"verify": bundle, "cert": certificate}
 
@@ -373,20 +383,24 @@ TRUSTING = {"session": trusting_session, "client": trusting_client}
 
 @pytest.mark.usefixtures("one_try")
 def test_the_authority_that_a_lent_object_trusts_and_the_certificate_that_it_shows(
-    driver: Driver, authority: trustme.CA, context: ssl.SSLContext, bundle: str, tmp_path: Path
+    driver: Driver, certificate: str, secured: NexusSandbox, bundle: str
 ) -> None:
-    path = str(tmp_path / "client.pem")
-    authority.issue_cert("client@example.org").private_key_and_cert_chain_pem.write_to_path(path)
-    authority.configure_trust(context)
-    context.verify_mode = ssl.CERT_REQUIRED
-    with NexusSandbox(ssl_context=context) as secured:
-        lent = driver.client(**TRUSTING[driver.lent_as](bundle, path))
-        assert driver.access_token(driver.auth(secured, **driver.lend(lent)))
-        forget_tokens()
-        with pytest.raises(driver.library_error, match="CERTIFICATE_VERIFY_FAILED") as raised:
-            driver.access_token(driver.auth(secured))  # nothing is lent
-        assert not isinstance(raised.value, NexusAuthError)
-        assert len(secured.token_requests) == 1
+    lent = driver.client(**TRUSTING[driver.lent_as](bundle, certificate))
+    assert driver.access_token(driver.auth(secured, **driver.lend(lent)))
+    forget_tokens()
+    with pytest.raises(driver.library_error, match="CERTIFICATE_VERIFY_FAILED") as raised:
+        driver.access_token(driver.auth(secured))  # nothing is lent
+    assert not isinstance(raised.value, NexusAuthError)
+    assert len(secured.token_requests) == 1
+
+
+@ON_REQUESTS
+@pytest.mark.usefixtures("one_try")
+def test_the_tls_settings_of_a_lent_session_go_into_a_pickle(
+    driver: Driver, certificate: str, secured: NexusSandbox, bundle: str
+) -> None:
+    auth = driver.auth(secured, session=driver.client(**TRUSTING[driver.lent_as](bundle, certificate)))
+    assert driver.access_token(pickle.loads(pickle.dumps(auth)))
 
 
 def test_the_trust_store_that_the_environment_names(
