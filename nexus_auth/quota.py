@@ -29,21 +29,17 @@ def new_owner() -> str:
 
 
 class Permits(Value):
-    """Who holds a permit until when, and who waits in line for one, last seen when. Replaced whole.
-
-    An owner whose request is `under_way` holds the permit for longer than it will take if all is well.
-    """
+    """Who holds a permit until when, and who waits in line for one, last seen when. Replaced whole."""
 
     held: tuple[Permit, ...] = ()
     line: tuple[InLine, ...] = ()
 
 
 class Permit(Value):
-    """The right to one token request."""
+    """The right to one token request; until that is answered, `ends_at` is the latest that is possible."""
 
     owner: str
     ends_at: float
-    under_way: bool
 
 
 class InLine(Value):
@@ -65,12 +61,12 @@ def acquire(permits: Permits, owner: str, hold: float, now: float) -> tuple[Perm
     wait = _opens_at(held, ahead, now) - now
     if wait > 0:
         return Permits(held, (*line[:ahead], InLine(owner, now), *line[ahead + 1 :])), wait
-    return Permits((*held, Permit(owner, now + hold, under_way=True)), line[:ahead] + line[ahead + 1 :]), 0.0
+    return Permits((*held, Permit(owner, now + hold)), line[:ahead] + line[ahead + 1 :]), 0.0
 
 
 def _opens_at(held: tuple[Permit, ...], ahead: int, now: float) -> float:
     """Return when a permit is free for whom `ahead` others precede in the line."""
-    ends = sorted(min(permit.ends_at, now + KEEP) if permit.under_way else permit.ends_at for permit in held)
+    ends = sorted(min(permit.ends_at, now + KEEP) for permit in held)  # as if all were answered now
     for _ in range(ahead):
         opening = ends[-LIMIT] if len(ends) >= LIMIT else now
         ends.append(max(opening, now) + KEEP)
@@ -80,7 +76,7 @@ def _opens_at(held: tuple[Permit, ...], ahead: int, now: float) -> float:
 def answered(permits: Permits, owner: str, now: float) -> Permits:
     """Return the permits after the request of `owner` was answered: it counts for one period from now on."""
     others = tuple(permit for permit in permits.held if permit.owner != owner)
-    return replace(permits, held=(*others, Permit(owner, now + KEEP, under_way=False)))
+    return replace(permits, held=(*others, Permit(owner, now + KEEP)))
 
 
 def given_back(permits: Permits, owner: str) -> Permits:

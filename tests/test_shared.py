@@ -142,6 +142,14 @@ def test_between_tries_the_turn_is_kept(herd: Processes) -> None:
     assert herd.store.asked() == [*LOOK, *PERMIT, *COUNTED, *kept, *LOOK, *PERMIT, *told]
 
 
+def test_a_turn_lasts_four_seconds_longer_than_without_a_store(herd: Processes) -> None:
+    herd.then(Answer(response(503).answer, takes=100, blocks=True), token("t2"))
+    one = herd.process()
+    herd.start(credentials=one)
+    herd.call(credentials=one)
+    assert herd.sent == pytest.approx([0, 15], abs=0.1)
+
+
 def test_a_turn_that_has_run_out_is_not_touched(herd: Processes) -> None:
     """By the time the answer is here it may be another caller's."""
     herd.then(Answer(response(503).answer, takes=100, blocks=True), token("t2"))
@@ -256,11 +264,15 @@ def test_a_cancellation(herd: Processes) -> None:
     herd.store.meanwhile = [caller.break_off]
     herd.run()
     assert (herd.sent, herd.endpoint.permits) == ([], Permits())
-    herd.then(token("late", takes=5))
+    herd.then(response(503), token("late", takes=5))
     caller = herd.start(credentials=herd.own_process())
-    herd.wait(12)  # the turn in the store has to run out first
+    herd.store.meanwhile = [lambda: None, caller.break_off]
+    herd.wait(13)  # the turn in the store has to run out first
+    assert len(herd.sent) == len(herd.endpoint.permits.held) == 1  # that of the first try
+    caller = herd.start(credentials=herd.own_process())
+    herd.wait(14)
     caller.break_off()
-    assert len(herd.sent) == len(herd.endpoint.permits.held) == 1  # which may still arrive
+    assert len(herd.sent) == len(herd.endpoint.permits.held) == 2  # which may still arrive
 
 
 def test_a_cancellation_after_a_renewal(herd: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
