@@ -181,7 +181,7 @@ class Turn:
         return holder is not None and holder.steps is steps
 
     def give_back(self, steps: Steps[object]) -> None:
-        """Free the turn, if it is that of `steps`."""
+        """Free the turn, if it is that of `steps`, and let go of the caller: it may be a task with all it holds."""
         with LOCK:
             if self.holder is not None and self.holder.steps is steps:
                 self.holder = None

@@ -295,7 +295,7 @@ def test_who_insists_waits_for_a_token_that_is_another() -> None:
     decision = herd.call("t1", call=Call(limits(max_wait=2.5), insists=True))
     assert isinstance(decision, TooLong)
     assert decision.retry_after == pytest.approx(2)
-    assert "refused, one after the other" in decision.reason
+    assert decision.reason == "gives tokens that are refused, one after the other"
     assert access_token(herd.call("t1", call=Call(limits(), insists=True))) == "t2"
     assert herd.sent == pytest.approx([0, 0, 1, 3])
 

@@ -349,7 +349,9 @@ def test_a_token_that_was_refused_before_is_not_taken_again(herd: Processes, mon
     herd.call(credentials=one)
     monkeypatch.setattr(herd.store, "put", lambda *_: None)
     assert access_token(herd.call("t1", credentials=one)) == "t2"
-    assert access_token(herd.call("t2", credentials=one)) == "t3"
+    for _ in range(9):  # however often it is told of the same
+        assert access_token(herd.call("t2", credentials=one)) == "t3"
+    assert access_token(herd.call("t3", credentials=one)) == "t4"
 
 
 @pytest.mark.parametrize(
