@@ -100,18 +100,24 @@ class NexusAuth(BaseAuth, AuthBase):
         """Sign `r`, if it goes to the Nexus API (requests calls this)."""
         if not isinstance(r, requests.PreparedRequest):
             raise self._reject(r)
-        if not self._has(str(r.url)):
-            self._say_no_token_sent(r.url)
+        url = str(r.url)
+        if not self._has(url):
+            self._say_no_token_sent(url)
             return r
-        call, token = None, self._credentials.fresh_token(self._limits.leeway)
-        if token is None:
+        token = self._credentials.fresh_token(self._limits.leeway)
+        if token is not None:
+            hook = _Hook(self._mend, token)
+        else:
             call = Call(self._limits)
             token = self._token(self._obtain(call), r)
+            hook = _Hook(self._mend, token, call=call)
         r.headers["Authorization"] = token.authorization
-        r.hooks["response"].append(_Hook(self._mend, call, token))
+        r.hooks["response"].append(hook)
         return r
 
-    def _mend(self, call: Call | None, token: Token, response: requests.Response, **kwargs: Any) -> requests.Response:
+    def _mend(
+        self, token: Token, response: requests.Response, *, call: Call | None = None, **kwargs: Any
+    ) -> requests.Response:
         """Return what comes of sending a request once more whose `token` the API refused, or `response`."""
         if response.status_code != 401 and self._credentials.known.renewals.on_trial is None:
             return response
