@@ -101,7 +101,7 @@ class NexusAuth(BaseAuth, AuthBase):
         if not isinstance(r, requests.PreparedRequest):
             raise self._reject(r)
         url = str(r.url)
-        if not self._has(url):
+        if not url.startswith(self._origin) and not self._has(url):  # the first, which is quick, nearly always tells
             self._say_no_token_sent(url)
             return r
         token = self._credentials.fresh_token(self._limits.leeway)
@@ -146,8 +146,6 @@ class NexusAuth(BaseAuth, AuthBase):
 
     def _has(self, url: str) -> bool:
         """Tell whether `url` is within the environment's own origin."""
-        if url.startswith(self._origin):
-            return True
         # Requests counts https as a better http, which here is another origin.
         is_other_scheme = url.partition(":")[0].lower() != self._origin.partition(":")[0]
         return not is_other_scheme and not SessionRedirectMixin().should_strip_auth(self._origin, url)
