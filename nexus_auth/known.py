@@ -50,7 +50,7 @@ class Call:
         self.spent = spent  # seconds of `max_wait`, before the present wait
         self.token_requests = token_requests
         self.begun_at = begun_at  # the present wait
-        self.renewed: str | None = None  # the access token that this call fetched after a 401
+        self.renewed: str | None = None  # the access token that took the place of the refused one
 
     @property
     def deadline(self) -> float:
@@ -74,7 +74,7 @@ class Call:
 class Failure(Value):
     """A fault as it is remembered: until when, and for whom, by the limits of the one who met it.
 
-    With `out_of_time` its `max_wait` was over before all tries were made.
+    With `out_of_time` its `max_wait` had no room for all tries.
     """
 
     fault: Fault
