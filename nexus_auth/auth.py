@@ -127,7 +127,7 @@ class BaseAuth(ABC):
         return {**self.__dict__, "_credentials": None, "_lent": self._travelling(), "_store": store}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
+        for name, value in state.items():  # not by `vars`, as in `Value`
             object.__setattr__(self, name, value)
         self._credentials = credentials_of(self._client, self._store)
 

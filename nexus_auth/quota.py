@@ -75,8 +75,8 @@ def _opens_at(held: tuple[Permit, ...], ahead: int, now: float) -> float:
 
 def answered(permits: Permits, owner: str, now: float) -> Permits:
     """Return the permits after the request of `owner` was answered: it counts for one period from now on."""
-    others = tuple(permit for permit in permits.held if permit.owner != owner)
-    return replace(permits, held=(*others, Permit(owner, now + KEEP)))
+    others = given_back(permits, owner)
+    return replace(others, held=(*others.held, Permit(owner, now + KEEP)))
 
 
 def given_back(permits: Permits, owner: str) -> Permits:

@@ -385,6 +385,9 @@ DRIVERS: dict[str, Callable[[], Driver]] = {
     "httpx2-asyncio": lambda: AsyncHTTPXDriver("httpx2", "asyncio"),
 }
 INSTALLED = [name for name in DRIVERS if importlib.util.find_spec(name.partition("-")[0])]
+BLOCKING = [name for name in INSTALLED if "-" not in name]  # one for each library
+ON_REQUESTS = pytest.mark.parametrize("driver", [name for name in INSTALLED if name == "requests"], indirect=True)
+ON_HTTPX = pytest.mark.parametrize("driver", [name for name in INSTALLED if name != "requests"], indirect=True)
 
 
 @pytest.fixture(params=INSTALLED)
@@ -400,7 +403,7 @@ def doors() -> Iterator[list[Driver]]:
         yield [stack.enter_context(DRIVERS[name]()) for name in INSTALLED]
 
 
-@pytest.fixture(params=[name for name in INSTALLED if "-" not in name])
+@pytest.fixture(params=BLOCKING)
 def door(request: pytest.FixtureRequest) -> ModuleType:
     """The module of each library."""
     return DRIVERS[request.param]().door

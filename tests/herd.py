@@ -129,10 +129,12 @@ class Herd:
     def now(self) -> float:
         return self.clock.now - self._start
 
-    def client(self, client: Client = CLIENT, store: Store | None = None) -> Credentials:
-        """Return the credentials of an API client, of whose token nothing is known yet."""
+    def client(
+        self, client: Client = CLIENT, store: Store | None = None, endpoint: Endpoint | None = None
+    ) -> Credentials:
+        """Return the credentials of an API client without a token; `endpoint` is that of another process."""
         shared = Shared(store, client, self.clock) if store is not None else None
-        return Credentials(client, self.endpoint, shared, self.clock, lambda: WALL_CLOCK)
+        return Credentials(client, endpoint or self.endpoint, shared, self.clock, lambda: WALL_CLOCK)
 
     def start(
         self,

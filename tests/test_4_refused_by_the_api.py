@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import INSTALLED, Driver, Log, Reply, outcome, statuses, url
+from conftest import BLOCKING, INSTALLED, Driver, Log, Reply, outcome, statuses, url
 from herd import CLIENT, NO_ROUTE, NOW, SILENCE, Herd, a_call, access_token, limits, response, token, tokens
 
 from nexus_auth.credentials import Credentials
@@ -369,7 +369,6 @@ def signed(driver: Driver, sandbox: NexusSandbox) -> Any:
     return client
 
 
-BLOCKING = [name for name in INSTALLED if "-" not in name]  # one for each library
 REQUESTS = [name for name in BLOCKING if name == "requests"]
 HTTPX = [name for name in BLOCKING if name != "requests"]
 

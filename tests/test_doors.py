@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import INSTALLED, Driver, makers, nowhere, outcome, url
+from conftest import BLOCKING, INSTALLED, ON_REQUESTS, Driver, makers, nowhere, outcome, url
 
 import nexus_auth
 from nexus_auth import Environment, NexusAuthError
@@ -20,8 +20,6 @@ from nexus_auth.testing import NexusSandbox
 
 LOADED_LATE = ("requests", "httpx", "httpx2", "anyio", "authlib", "cryptography", "sqlite3", "redis",
                "nexus_auth.store", "nexus_auth.shared")  # fmt: skip
-LIBRARIES = [name for name in ("requests", "httpx", "httpx2") if name in INSTALLED]
-ON_REQUESTS = pytest.mark.parametrize("driver", [name for name in INSTALLED if name == "requests"], indirect=True)
 
 
 # What is loaded, and what there is
@@ -43,7 +41,7 @@ def test_the_package_loads_no_library() -> None:
     ) == ["", "", ""]
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", BLOCKING)
 def test_a_door_loads_its_own_library_alone(library: str) -> None:
     of_library, of_door = loaded_by(
         f"import {library}", f"from nexus_auth.{library} import NexusAuth; NexusAuth('a', 'b', 'test')"

@@ -23,6 +23,7 @@ import anyio
 import anyio.to_thread
 import pytest
 from conftest import (
+    BLOCKING,
     DRIVERS,
     INSTALLED,
     Answered,
@@ -35,6 +36,7 @@ from conftest import (
     outcome,
     url,
 )
+from herd import MemoryStore
 
 import nexus_auth
 from nexus_auth import Environment, _httpx_flow, forget_tokens, grant
@@ -43,7 +45,6 @@ from nexus_auth.testing import NexusSandbox
 from nexus_auth.threads import result_of, start_thread
 from nexus_auth.value import replace
 
-BLOCKING = [name for name in INSTALLED if "-" not in name]
 LOOPS = [name for name in INSTALLED if "-" in name]
 on_one_library = pytest.mark.parametrize("loops", LOOPS[:1], indirect=True)  # they share all that knows of event loops
 FAR = Environment("far", token_endpoint="https://identity.example/token", base_url="https://api.example")
@@ -67,25 +68,17 @@ def loops(request: pytest.FixtureRequest) -> Any:
 # Exceptions that are raised into a call that waits
 
 
-class SlowStore:
-    """A store that keeps nothing, and takes some seconds over it."""
+class SlowStore(MemoryStore):
+    """A store that takes some seconds to give the turn."""
 
     def __init__(self, seconds: float) -> None:
+        super().__init__()
         self.seconds = seconds
-
-    def get(self, name: str) -> tuple[bytes, float] | None:
-        return None
-
-    def put(self, name: str, value: bytes, ttl: float) -> None:
-        pass
 
     def acquire(self, name: str, owner: str, limit: int, hold: float) -> float:
         if limit == 1:  # the turn
             time.sleep(self.seconds)
-        return 0.0
-
-    def release(self, name: str, owner: str, keep: float) -> None:
-        pass
+        return super().acquire(name, owner, limit, hold)
 
 
 def waiting_for_the_answer(driver: Driver, gated: GatedSandbox) -> Any:

@@ -18,15 +18,12 @@ from typing import Any, ClassVar
 
 import pytest
 import trustme
-from conftest import INSTALLED, Answered, Driver, Log, Sent, outcome, url
+from conftest import INSTALLED, ON_HTTPX, ON_REQUESTS, Answered, Driver, Log, Sent, outcome, url
 from server import closed_port
 
 from nexus_auth import TEST, Environment, NexusAuthError, TokenRequestError, forget_tokens, grant
 from nexus_auth.quota import LIMIT
 from nexus_auth.testing import NexusSandbox
-
-ON_REQUESTS = pytest.mark.parametrize("driver", [name for name in INSTALLED if name == "requests"], indirect=True)
-ON_HTTPX = pytest.mark.parametrize("driver", [name for name in INSTALLED if name != "requests"], indirect=True)
 
 
 @pytest.fixture

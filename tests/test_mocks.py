@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import INSTALLED, Driver, url
+from conftest import INSTALLED, ON_HTTPX, ON_REQUESTS, Driver, url
 
 from nexus_auth import TEST, forget_tokens
 from nexus_auth.testing import NexusSandbox
@@ -22,8 +22,6 @@ CUSTOMER = f"{TEST.base_url}/customer"
 LOOPBACK = ("127.0.0.1", "localhost", "::1", None)
 FORM = {"grant_type": "client_credentials", "scope": "api1", "client_id": "id", "client_secret": "s3cret"}
 CREDENTIALS = (FORM["client_id"], FORM["client_secret"], TEST.name)
-ON_REQUESTS = pytest.mark.parametrize("driver", [name for name in INSTALLED if name == "requests"], indirect=True)
-ON_HTTPX = pytest.mark.parametrize("driver", [name for name in INSTALLED if name != "requests"], indirect=True)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
-from conftest import Driver, nowhere, outcome, url
+from conftest import Driver, makers, nowhere, outcome, url
 from server import closed_port
 
 from nexus_auth import TEST, TokenRequestError, forget_tokens
@@ -313,12 +313,6 @@ def assert_cannot_be_made(make: Callable[..., Any], *arguments: Any, **options: 
     error = outcome(make, *arguments, **options)
     assert isinstance(error, (TypeError, ValueError))
     assert_hidden(shown(error))
-
-
-def makers(door: Any) -> list[Callable[..., Any]]:
-    """Return what makes an auth object, or a client with one."""
-    names = ("NexusAuth", "nexus_session", "nexus_client", "nexus_async_client")
-    return [getattr(door, name) for name in names if hasattr(door, name)]
 
 
 def test_what_cannot_be_made_tells_nothing(driver: Driver) -> None:

@@ -85,7 +85,7 @@ class Processes(Herd):
 
     def process(self) -> Credentials:
         """Return what another process knows of the API client: nothing yet."""
-        return Credentials(CLIENT, Endpoint(), Shared(self.store, CLIENT, self.clock), self.clock)
+        return self.client(store=self.store, endpoint=Endpoint())
 
     def own_process(self) -> Credentials:
         """Return the same for the process of `endpoint`."""
