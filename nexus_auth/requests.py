@@ -2,13 +2,12 @@
 
 import contextlib
 import copy
-import functools
 import inspect
 import json
 import re
 import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
 
@@ -26,9 +25,10 @@ except ModuleNotFoundError as _missing:
 
 from . import errors
 from .auth import BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env, travelling
+from .credentials import Credentials
 from .environment import Environment
 from .grant import HEADERS, form, unpacked, user_agent
-from .known import Call
+from .known import Call, Limits
 from .secret import hidden, leaving_no_locals
 from .steps import MAX_BODY, Failed, Response, SendTokenRequest
 from .threads import cut_off_at
@@ -72,6 +72,8 @@ class NexusAuth(BaseAuth, AuthBase):
     token_request_error: ClassVar[type[errors.TokenRequestError]] = TokenRequestError
     token_wait_error: ClassVar[type[errors.TokenWaitError]] = TokenWaitError
 
+    _signature: "_Signature | None" = None  # the last one that was made for a fresh token
+
     def __init__(
         self,
         client_id: str,
@@ -104,23 +106,27 @@ class NexusAuth(BaseAuth, AuthBase):
         if not url.startswith(self._origin) and not self._has(url):  # the first, which is quick, nearly always tells
             self._say_no_token_sent(url)
             return r
-        token = self._credentials.fresh_token(self._limits.leeway)
-        if token is not None:
-            hook = _Hook(self._mend, token)
-        else:
-            call = Call(self._limits)
-            token = self._token(self._obtain(call), r)
-            hook = _Hook(self._mend, token, call=call)
-        r.headers["Authorization"] = token.authorization
-        r.hooks["response"].append(hook)
+        signature = self._signature
+        if signature is None or not signature.serves():
+            signature = self._new_signature(r)
+        r.headers["Authorization"] = signature.authorization
+        r.hooks["response"].append(signature.mend)
         return r
 
-    def _mend(
-        self, token: Token, response: requests.Response, *, call: Call | None = None, **kwargs: Any
+    def _new_signature(self, request: requests.PreparedRequest) -> "_Signature":
+        """Return what to sign `request` with; keep it for others, unless this call has been held up for it."""
+        token = self._credentials.fresh_token(self._limits.leeway)
+        if token is None:
+            call = Call(self._limits)
+            token = self._token(self._obtain(call), request)
+            return _Signature(token, self._credentials, self._limits, self._mended, call)
+        signature = self._signature = _Signature(token, self._credentials, self._limits, self._mended)
+        return signature
+
+    def _mended(
+        self, response: requests.Response, token: Token, call: Call | None, options: dict[str, Any]
     ) -> requests.Response:
         """Return what comes of sending a request once more whose `token` the API refused, or `response`."""
-        if response.status_code != 401 and self._credentials.known.renewals.on_trial is None:
-            return response
         # After redirects within the API it is that of the last one.
         request: requests.PreparedRequest | None = getattr(response, "request", None)
         if request is None:
@@ -139,7 +145,7 @@ class NexusAuth(BaseAuth, AuthBase):
             return response
         replay = _replay_of(response, renewed)
         with self._replay(call) as status_codes:
-            answer: requests.Response = connection.send(replay, **kwargs)
+            answer: requests.Response = connection.send(replay, **options)
             status_codes.append(answer.status_code)
         answer.history.append(response)
         return answer
@@ -149,6 +155,9 @@ class NexusAuth(BaseAuth, AuthBase):
         # Requests counts https as a better http, which here is another origin.
         is_other_scheme = url.partition(":")[0].lower() != self._origin.partition(":")[0]
         return not is_other_scheme and not SessionRedirectMixin().should_strip_auth(self._origin, url)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_signature": None})  # that one mends by way of the auth that was copied
 
     def _travelling(self) -> requests.Session | None:
         lent = self._borrowed
@@ -291,18 +300,52 @@ def _rewound(request: requests.PreparedRequest) -> bool:
     return True
 
 
-class _Hook(functools.partial[requests.Response]):
-    """A response hook that stays behind when its request is pickled, with a response or an error: it has the secret."""
+class _Signature:
+    """What requests are signed with: the header of a token, and the hook that mends a 401 to it.
+
+    An auth makes one for each token, since one for each request would be a third of what it adds to a call.
+    """
+
+    __slots__ = ("_call", "_credentials", "_fresh_until", "_mended", "_token", "authorization")
+
+    def __init__(
+        self,
+        token: Token,
+        credentials: Credentials,
+        limits: Limits,
+        mended: Callable[[requests.Response, Token, Call | None, dict[str, Any]], requests.Response],
+        call: Call | None = None,
+    ) -> None:
+        self.authorization = token.authorization
+        self._token = token
+        self._credentials = credentials
+        self._fresh_until = token.fresh_until(limits.leeway)
+        self._mended = mended
+        self._call = call  # the only one that is signed with it, if that was held up for its token
+
+    def serves(self) -> bool:
+        """Tell whether its token is the one that is known, and is fresh."""
+        return self._token is self._credentials.known.token and time.monotonic() < self._fresh_until
+
+    def mend(self, response: requests.Response, **options: Any) -> requests.Response:
+        """Return `response`, or what came of sending its request once more after a 401 (a response hook)."""
+        if response.status_code != 401 and self._credentials.known.renewals.on_trial is None:
+            return response
+        return self._mended(response, self._token, self._call, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial, (_pass_on,)
+        return _NoSignature, ()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Signature":
         return self
 
 
-def _pass_on(response: requests.Response, **_: Any) -> requests.Response:
-    return response
+class _NoSignature:
+    """What stands for a signature in a pickle of its request, with a response or an error: it takes no secret along."""
+
+    def mend(self, response: requests.Response, **_: Any) -> requests.Response:
+        """Return `response` (a response hook)."""
+        return response
 
 
 class NexusSession(requests.Session):

@@ -44,9 +44,13 @@ class Token(Value, hidden={"access_token"}):
         """The seconds from being asked for to its expiry."""
         return math.inf if self.expires_at == math.inf else 2 * (self.expires_at - self.half_life)
 
+    def fresh_until(self, leeway: float) -> float:
+        """Return when it becomes stale: `leeway` seconds before it expires, but not before half of its life is over."""
+        return max(self.half_life, self.expires_at - leeway)
+
     def is_fresh(self, now: float, leeway: float) -> bool:
-        """Tell whether more than `leeway` seconds are left to live, or more than half of the lifetime."""
-        return now < self.half_life or now < self.expires_at - leeway
+        """Tell whether it need not be renewed yet."""
+        return now < self.half_life or now < self.fresh_until(leeway)  # the first, which is quick, nearly always tells
 
 
 def state_of(token: Token | None, now: float, leeway: float, refused: str | None = None) -> State:

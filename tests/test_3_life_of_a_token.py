@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -619,6 +620,17 @@ def test_each_client_renews_its_token_by_its_own_leeway(driver: Driver, sandbox:
     assert len(sandbox.token_requests) == 1
     driver.get(early, "/customer")
     assert len(sandbox.token_requests) == 2
+
+
+def test_a_token_that_gets_old_between_two_calls_is_renewed(driver: Driver) -> None:
+    with NexusSandbox(expires_in=1) as sandbox:
+        sandbox.answer("/customer", times=None, json={})  # whatever the token: no 401 has it renewed
+        client = driver.ready_made(sandbox)
+        until = time.monotonic() + 10
+        while len(sandbox.token_requests) < 2 and time.monotonic() < until:
+            driver.get(client, "/customer")
+        first, *_, last = (arrival.headers["Authorization"] for arrival in sandbox.requests)
+        assert first != last
 
 
 def test_a_renewal_ahead_that_fails_is_not_felt_until_the_token_expires(driver: Driver, sandbox: NexusSandbox) -> None:

@@ -586,6 +586,13 @@ def test_a_401_after_a_token_that_took_long(driver: Driver, sandbox: NexusSandbo
     assert isinstance(outcome(driver.get, client, url(sandbox)), driver.door.TokenWaitError)
 
 
+def test_what_one_call_has_waited_is_no_matter_to_the_next(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.client(driver.auth(sandbox, max_wait=0.1))
+    sandbox.fail_token_requests(status=200, json={"access_token": "unknown", "token_type": "Bearer"}, delay=0.2)
+    assert driver.get(client, url(sandbox)).status == 401  # it has spent its `max_wait`
+    assert driver.get(client, url(sandbox)).status == 200
+
+
 def test_another_token_for_what_is_no_http_call(driver: Driver, sandbox: NexusSandbox) -> None:
     auth = driver.auth(sandbox)
     first = driver.access_token(auth)
