@@ -133,9 +133,14 @@ def raised_after(seconds: float, error: type[BaseException]) -> Generator[None, 
     indirect=["driver"],
 )
 def test_a_signal_handler_that_raises(
-    driver: Driver, gated: GatedSandbox, begin: Callable[[Driver, GatedSandbox], Any], error: type[BaseException]
+    driver: Driver,
+    sandbox: NexusSandbox,
+    gated: GatedSandbox,
+    begin: Callable[[Driver, GatedSandbox], Any],
+    error: type[BaseException],
 ) -> None:
     """As Celery's soft time limit does, whatever the call waits for."""
+    driver.access_token(driver.auth(sandbox, store=MemoryStore()))  # imports all; Python ignores errors in some moments
     client = driver.client(begin(driver, gated))
     with pytest.raises(error), raised_after(0.1, error):
         driver.get(client, url(gated))
