@@ -11,7 +11,7 @@ They take, after the command:
   --environment test|production          that environment, whatever the variables say of it
   --sandbox                              an embedded sandbox: no account, no network, no variables, no store
   --no-store                             share nothing with other processes
-  --max-wait SECONDS                     the longest to wait for a token
+  --max-wait SECONDS                     the longest to wait for a token; a request under way keeps its 5 seconds
   -v, --verbose                          a log on stderr of what is sent where (never a secret)
 
 examples:
@@ -19,7 +19,8 @@ examples:
   %(prog)s check --environment test
   curl -H "Authorization: Bearer $(%(prog)s token)" https://testapi.quantoz.com/customer
 
-exit status: 0 for success (2xx); 1 for a refusal or failure, its reason on stderr; 2 for wrong usage
+exit status: 0 for success (2xx); 1 for a refusal or failure, its reason on stderr, or for a pipe that nobody reads;
+2 for wrong usage; 130 for Ctrl-C
 """
 
 import json
@@ -71,12 +72,13 @@ def token(arguments: Namespace) -> None:
 
 
 def check(arguments: Namespace) -> None:
-    """Say whether credentials, environment, network, store and API are right, and where it stops if not."""
+    """Say whether credentials, environment, network, store and API are right, and where not; it asks for a token."""
     store = _store(arguments)
     trouble = _trouble(store) if store is not None else None
     with _session(arguments, None if store is None else _Unread(store)) as session:
         environment = session.auth.environment
-        _say(f"environment variables: client {session.auth.client_id!r}, environment {environment.name!r}")
+        source = "sandbox" if arguments.sandbox else "environment variables"
+        _say(f"{source}: client {session.auth.client_id!r}, environment {environment.name!r}")
         if store is not None:
             _say(f"store: {store!r} {'does not work' if trouble else 'works'}")
         with suppress(TokenRequestError):  # a refusal is an answer too, and is remembered for the next step
@@ -103,15 +105,20 @@ def sandbox(arguments: Namespace) -> None:
         for name, value in variables.items():
             print(f"export {name}={shlex.quote(value)}", flush=True)
         # Not on stdout, which is for a shell to read.
-        print(f"to revoke all its tokens: curl -X POST {nexus.environment.base_url}{REVOKE_PATH}", file=sys.stderr)
+        print(f"# to revoke all its tokens: curl -X POST {nexus.environment.base_url}{REVOKE_PATH}", file=sys.stderr)
         while True:
             time.sleep(3600)
+    arrived = f"{len(nexus.token_requests)} token requests and {len(nexus.requests)} API requests"
+    print(f"# {arrived} have arrived", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command that `argv` names, and return its exit status."""
     arguments = _parser().parse_args(argv)
     _log_to_stderr(logging.DEBUG if arguments.verbose else logging.CRITICAL)
+    if sys.stdout is None:  # closed by who started this
+        print(f"{__package__} stopped: there is no stdout to write to", file=sys.stderr)
+        return 1
     try:
         arguments.run(arguments)
         return 0
@@ -144,7 +151,8 @@ def _parser() -> ArgumentParser:
         _add_common_options(commands.choices[name])
     commands.choices["get"].add_argument("path", metavar="PATH", type=_path, help="from the base URL on, as /customer")
     commands.choices["get"].add_argument("--iso8601", action="store_true", help="dates as yyyy-MM-ddTHH:mm:ssZ")
-    commands.choices["token"].add_argument("--details", action="store_true", help="its lifetime, scope and environment")
+    commands.choices["token"].add_argument("--details", action="store_true",
+                                           help="in its place, its lifetime, scope and environment")  # fmt: skip
     _add_sandbox_options(commands.choices["sandbox"])
     return parser
 

@@ -9,7 +9,7 @@ import functools
 import ssl
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
 from .auth import BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env
@@ -17,11 +17,11 @@ from .environment import Environment
 from .event_loop import anyio, here, in_own_thread
 from .grant import HEADERS, authlib_client, form, logger, unpacked, user_agent
 from .known import Call, Decision
-from .secret import hidden, leaving_no_locals
+from .secret import hidden, hidden_secret, leaving_no_locals
 from .steps import MAX_BODY, CallStore, Failed, Response, SendTokenRequest, Sleep, Steps
 from .threads import cut_off_at, result_of, start_thread
 from .token import Token
-from .value import Value
+from .value import Value, replace
 
 LEAST_LIMIT = 1.0  # seconds that a token request is given in any case
 AT_ONCE = 0.001  # seconds: a timeout of 0 would be none
@@ -55,7 +55,7 @@ class FactoryOptions(ClientOptions, total=False):
 class HTTPXAuth(BaseAuth, Generic[C]):
     """The `NexusAuth` of both libraries; `library` is the one that it signs for."""
 
-    library: ClassVar[Any]
+    _library: ClassVar[Any]
 
     def __init__(
         self,
@@ -70,17 +70,17 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         store: "StoreArgument | None" = None,
         client: C | None = None,
     ) -> None:
-        client_secret, store = hidden(client_secret), hidden(store)
-        if not isinstance(client, (self.library.Client, self.library.AsyncClient, type(None))):
-            raise TypeError(f"client must be a client of {self.library.__name__}, not {type(client).__name__}")
+        client_secret, store = hidden_secret(client_secret), hidden(store)
+        if not isinstance(client, (self._library.Client, self._library.AsyncClient, type(None))):
+            raise TypeError(f"client must be a client of {self._library.__name__}, not {type(client).__name__}")
         super().__init__(
             client_id, client_secret, environment,
             scope=scope, leeway=leeway, timeout=timeout, max_wait=max_wait, store=store, lent=client,
         )  # fmt: skip
         try:
-            self.library.URL(self.environment.token_endpoint)
-            url = self.library.URL(self.environment.base_url)
-        except self.library.InvalidURL as error:
+            self._library.URL(self.environment.token_endpoint)
+            url = self._library.URL(self.environment.base_url)
+        except self._library.InvalidURL as error:
             raise ValueError(f"environment {self.environment.name!r}: {error}") from error
         self._origin = _origin(url)
 
@@ -99,7 +99,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             self._say_no_token_sent(request.url)
             yield request
             return
-        call, files = None, _positions(request.stream, self.library)
+        call, files = None, _positions(request.stream, self._library)
         token = self._credentials.fresh_token(self._limits.leeway)
         if token is None:
             call = Call(self._limits)
@@ -110,7 +110,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             return
         response.read()  # its connection is free for what follows
         call = call or Call(self._limits)
-        call.repeatable = _rewound(files, response.request.stream, self.library)
+        call.repeatable = _rewound(files, response.request.stream, self._library)
         decision = self._obtain(call, token.access_token)
         if renewed := self._replay_token(decision, call, response.request):
             with self._replay(call) as status_codes:
@@ -123,7 +123,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             self._say_no_token_sent(request.url)
             yield request
             return
-        call, files = None, _positions(request.stream, self.library)
+        call, files = None, _positions(request.stream, self._library)
         token = self._credentials.fresh_token(self._limits.leeway)
         if token is None:
             call = Call(self._limits)
@@ -134,7 +134,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             return
         await response.aread()
         call = call or Call(self._limits)
-        call.repeatable = _rewound(files, response.request.stream, self.library)
+        call.repeatable = _rewound(files, response.request.stream, self._library)
         decision = await self._obtain_async(call, token.access_token)
         if renewed := self._replay_token(decision, call, response.request):
             with self._replay(call) as status_codes:
@@ -160,7 +160,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         replay = refused.request
         replay.headers["Authorization"] = token.authorization
         sent = replay.headers.pop("Cookie", "")  # the libraries add none where there is one
-        self.library.Cookies(refused.cookies).set_cookie_header(replay)
+        self._library.Cookies(refused.cookies).set_cookie_header(replay)
         if cookies := merged_cookies(sent, replay.headers.get("Cookie", "")):
             replay.headers["Cookie"] = cookies
         return replay
@@ -170,12 +170,12 @@ class HTTPXAuth(BaseAuth, Generic[C]):
             logger.debug("the client that is lent stays behind when its auth is pickled")
 
     def _obtain(self, call: Call, refused: str | None = None) -> Decision:
-        self._check_kind(self.library.Client)
+        self._check_kind(self._library.Client)
         return super()._obtain(call, refused)
 
     async def _obtain_async(self, call: Call, refused: str | None = None) -> Decision:
         """Return what came of the way to a token, without blocking the event loop."""
-        self._check_kind(self.library.AsyncClient)
+        self._check_kind(self._library.AsyncClient)
         return await self._perform_async(self._credentials.obtain(call, here(), refused))
 
     async def _perform_async(self, steps: Steps[T]) -> T:
@@ -198,7 +198,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                             answer = await in_own_thread(function)
 
     def _send(self, step: SendTokenRequest) -> Response | Failed:
-        sender = self._sender(self.library.Client)
+        sender = self._sender(self._library.Client)
         limit = sender.limit(step)
         deadline = time.monotonic() + limit
         if not sender.may_repeat:
@@ -210,18 +210,18 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         """Return the answer to a token request, blocking."""
         with leaving_no_locals(), contextlib.ExitStack() as stack:
             try:
-                send = sender.send or stack.enter_context(self._own_client(self.library.Client)).send
+                send = sender.send or stack.enter_context(self._own_client(self._library.Client)).send
                 request = self._token_request(step, deadline)
                 # Each part of a request has a timeout of its own. Of the start of each httpcore tells this function.
                 request.extensions["trace"] = functools.partial(_shorten, request.extensions["timeout"], deadline)
                 response = send(request, auth=None, follow_redirects=False, stream=True)
                 stack.callback(response.close)
                 return Response(response.status_code, response.headers, self._body(response, deadline))
-            except self.library_error as error:
+            except self._library_error as error:
                 return self._failed(error)
 
     async def _send_async(self, step: SendTokenRequest) -> Response | Failed:
-        sender = self._sender(self.library.AsyncClient)
+        sender = self._sender(self._library.AsyncClient)
         limit = sender.limit(step)
         deadline = time.monotonic() + limit
         # The library's own timeouts close what it has opened, and say what was too slow.
@@ -238,26 +238,31 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                 send = sender.send
                 if send is None:
                     # Made in a thread: its trust store takes long to read.
-                    client = await in_own_thread(lambda: self._own_client(self.library.AsyncClient))
+                    client = await in_own_thread(lambda: self._own_client(self._library.AsyncClient))
                     send = (await stack.enter_async_context(client)).send
                 request = self._token_request(step, deadline)
                 response = await send(request, auth=None, follow_redirects=False, stream=True)
                 stack.push_async_callback(response.aclose)
                 return Response(response.status_code, response.headers, await self._async_body(response))
-            except self.library_error as error:
+            except self._library_error as error:
                 return self._failed(error)
 
     def _token_request(self, step: SendTokenRequest, deadline: float) -> Any:
-        headers = {**HEADERS, "User-Agent": user_agent(f"python-{self.library.__name__}/{self.library.__version__}")}
+        headers = {**HEADERS, "User-Agent": user_agent(f"python-{self._library.__name__}/{self._library.__version__}")}
         timeouts = dict.fromkeys(("connect", "read", "write", "pool"), _left_until(deadline))
         url, content = step.client.token_endpoint, form(step.client)
-        return self.library.Request("POST", url, headers=headers, content=content, extensions={"timeout": timeouts})
+        return self._library.Request("POST", url, headers=headers, content=content, extensions={"timeout": timeouts})
 
     def _own_client(self, kind: Any) -> Any:
         """Return a client for one token request. Plain http is loopback: no proxy leads there, and it needs no TLS."""
+        kind = _preparing_no_redirect(kind)
         if self.environment.token_endpoint.lower().startswith("http:"):
             return kind(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), trust_env=False)
         return kind()
+
+    def _failed(self, error: Exception) -> Failed:
+        failed = super()._failed(error)
+        return replace(failed, text="timed out") if failed.timed_out else failed  # what anyio says tells of itself
 
     def _check_kind(self, kind: Any) -> None:
         """Raise an error if a client is lent that is closed, or not of the `kind` that a call takes."""
@@ -265,7 +270,8 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         if lent is None:
             return
         if not isinstance(lent, kind):
-            raise TypeError(f"this call takes a client of kind {kind.__name__}; its auth was lent another")
+            own, other = kind.__name__, type(lent).__name__
+            raise TypeError(f"this call takes a client of kind {own}; its auth was lent one of kind {other}")
         if lent.is_closed is True:  # a mock may say anything
             raise RuntimeError("the client that is lent for token requests has been closed")
 
@@ -280,9 +286,10 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         if send := own_send(lent):
             return Sender(send)
         # There is no public way to the transport that a client takes for a URL: its mounts and proxies choose it.
-        transport = lent._transport_for_url(self.library.URL(self.environment.token_endpoint))
-        is_the_librarys = type(transport).__module__.partition(".")[0] == self.library.__name__
-        return Sender(kind(transport=transport, trust_env=False).send, may_repeat=not is_the_librarys)
+        transport = lent._transport_for_url(self._library.URL(self.environment.token_endpoint))
+        is_the_librarys = type(transport).__module__.partition(".")[0] == self._library.__name__
+        client = _preparing_no_redirect(kind)(transport=transport, trust_env=False)
+        return Sender(client.send, may_repeat=not is_the_librarys)
 
     def _body(self, response: Any, deadline: float) -> bytes | None:
         """Return the body of `response`, None if it is longer than `MAX_BODY`; raise a timeout error at `deadline`."""
@@ -297,11 +304,11 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                         return None
                     if time.monotonic() > deadline:
                         break
-        except self.library_error:
+        except self._library_error:
             if time.monotonic() <= deadline:
                 raise
         if time.monotonic() > deadline:
-            raise self.library.ReadTimeout("the answer has not come to its end in time")
+            raise self._library.ReadTimeout("the answer has not come to its end in time")
         return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
 
     async def _async_body(self, response: Any) -> bytes | None:
@@ -315,6 +322,16 @@ class HTTPXAuth(BaseAuth, Generic[C]):
                 if len(body) > MAX_BODY:
                     return None
         return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
+
+
+@functools.lru_cache
+def _preparing_no_redirect(kind: Any) -> Any:
+    """Return a subclass of a client. Both libraries prepare even redirects that are not followed; odd ones raise."""
+    return type(kind.__name__, (kind,), {"_build_redirect_request": _same_request})
+
+
+def _same_request(_client: Any, request: Any, _response: Any) -> Any:
+    return request
 
 
 class Sender(Value):
@@ -362,7 +379,7 @@ def _positions(stream: Any, library: Any) -> Positions | None:
     attributes: dict[str, Any] = stream.__dict__
     sources = [getattr(field, "file", b"") for field in attributes.get("fields", ())] or attributes.values()
     try:
-        return tuple((source, source.tell()) for source in sources if not isinstance(source, (bool, Collection)))
+        return tuple((source, source.tell()) for source in sources if not isinstance(source, (bool, Sequence)))
     except (AttributeError, OSError, ValueError):
         return None
 
@@ -393,11 +410,14 @@ def make_client(
 
     It is lent weakly, since it owns the auth: neither would be freed at once.
     """
+    for option, source in (("auth", "credentials"), ("base_url", "environment")):
+        if option in client_options:
+            raise TypeError(f"{option} cannot be given: it is made of the {source}")
     if credentials == (None, None, None):
         auth_options["store"] = auth_options["store"] or store_from_env()
     client_id, client_secret, name = credentials_or_env(*credentials)
     environment = Environment.of(name)
-    if "timeout" in client_options and (read := auth_class.library.Timeout(client_options["timeout"]).read):
+    if "timeout" in client_options and (read := auth_class._library.Timeout(client_options["timeout"]).read):
         auth_options["timeout"] = read
     auth = auth_class(client_id, client_secret, environment, **auth_options)
     client: Any = kind(auth=None, base_url=environment.base_url, **client_options)

@@ -1,6 +1,8 @@
 """The auth object: what every `NexusAuth` is, whichever HTTP library it signs for, and the blocking driver."""
 
 import contextlib
+import inspect
+import logging
 import os
 import re
 import threading
@@ -9,7 +11,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
 from .credentials import Credentials, credentials_of
 from .environment import Environment
@@ -17,12 +19,14 @@ from .errors import TokenRequestError, TokenWaitError
 from .grant import Fault, logger
 from .known import Call, Decision, Failure, GiveUp, Limits, Raise, TooLong, Use
 from .quota import Place
-from .secret import HiddenText, hidden
+from .secret import HiddenText, NotText, hidden, hidden_secret
 from .steps import CallStore, Client, Failed, Response, SendTokenRequest, Sleep, Steps
 from .threads import result_of, start_thread
 from .token import Token
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .store import Store
 
     StoreArgument = str | os.PathLike[str] | Store
@@ -30,6 +34,18 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound="BaseAuth")
 T = TypeVar("T")
 MAX_SECONDS = 1e9  # of an argument
+
+
+class AuthOptions(TypedDict, total=False):
+    """The options of `from_env`, for type checkers; a door takes one of the last two."""
+
+    scope: str
+    leeway: float
+    timeout: float
+    max_wait: float
+    store: "StoreArgument | None"
+    session: Any
+    client: Any
 
 
 class BaseAuth(ABC):
@@ -42,12 +58,12 @@ class BaseAuth(ABC):
     client_id: str
 
     # The errors of the HTTP library, the module they are in, and those of the door that are both.
-    library_errors: ClassVar[ModuleType]
-    library_error: ClassVar[type[Exception]]
-    connection_error: ClassVar[type[Exception]]
-    timeout_error: ClassVar[type[Exception]]
-    token_request_error: ClassVar[type[TokenRequestError]]
-    token_wait_error: ClassVar[type[TokenWaitError]]
+    _library_errors: ClassVar[ModuleType]
+    _library_error: ClassVar[type[Exception]]
+    _connection_error: ClassVar[type[Exception]]
+    _timeout_error: ClassVar[type[Exception]]
+    _token_request_error: ClassVar[type[TokenRequestError]]
+    _token_wait_error: ClassVar[type[TokenWaitError]]
 
     def __init__(
         self,
@@ -62,7 +78,7 @@ class BaseAuth(ABC):
         store: "StoreArgument | None",
         lent: Any,
     ) -> None:
-        client_secret = hidden(client_secret)
+        client_secret = hidden_secret(client_secret)
         for name, text in (("client_id", client_id), ("client_secret", client_secret), ("scope", scope)):
             _check_text(name, text)
         for name, seconds in (("leeway", leeway), ("timeout", timeout), ("max_wait", max_wait)):
@@ -78,15 +94,15 @@ class BaseAuth(ABC):
         self._credentials: Credentials = credentials_of(self._client, self._store)
 
     @classmethod
-    def from_env(cls: type[A], prefix: str = "NEXUS_", **options: Any) -> A:
+    def from_env(cls: type[A], prefix: str = "NEXUS_", **options: "Unpack[AuthOptions]") -> A:
         """Return an auth for what the environment variables name; `options` are those of the constructor.
 
         They are `NEXUS_CLIENT_ID`, `NEXUS_CLIENT_SECRET` and `NEXUS_ENVIRONMENT` (test or production), or in place of
-        the last both `NEXUS_TOKEN_ENDPOINT` and `NEXUS_BASE_URL`; and `NEXUS_STORE`, if it is set. Raises
-        `ValueError`, naming all that is missing.
+        the last both `NEXUS_TOKEN_ENDPOINT` and `NEXUS_BASE_URL`; and `NEXUS_STORE`, if it is set. Another `prefix`,
+        as "ACME_", takes the place of "NEXUS_". Raises `ValueError`, naming all that is missing.
         """
-        options.setdefault("store", store_from_env(prefix))
-        return cls(*credentials_from_env(prefix), **options)
+        arguments: dict[str, Any] = {"store": store_from_env(prefix), **options}
+        return cls(*credentials_from_env(prefix), **arguments)
 
     @property
     def scope(self) -> str:
@@ -153,11 +169,14 @@ class BaseAuth(ABC):
 
     def _reject(self, request: object) -> TypeError:
         """Return the error that tells the user of another library which auth to take."""
-        own, other = (kind.__module__.partition(".")[0] for kind in (self.library_error, type(request)))
+        own, other = (kind.__module__.partition(".")[0] for kind in (self._library_error, type(request)))
         return TypeError(f"this NexusAuth is for {own}; for {other}: from {__package__}.{other} import NexusAuth")
 
     def _insistent_call(self, refused: str | None) -> Call:
         if refused is not None:
+            _check_text("refused", refused)
+            if refused.lower().startswith("bearer "):
+                raise ValueError("refused must be the access token alone, without the word Bearer")
             self._credentials.answered(refused, 401)
         return Call(self._limits, insists=True)
 
@@ -170,7 +189,7 @@ class BaseAuth(ABC):
         """Return the token for `request`, or raise the error that `decision` tells of."""
         try:
             return self._token_of(decision)
-        except self.library_error as error:
+        except self._library_error as error:
             error.request = request  # type: ignore[attr-defined]  # that of the token has the secret in it
             raise
 
@@ -179,8 +198,8 @@ class BaseAuth(ABC):
         if isinstance(decision, GiveUp):
             return None
         if not call.repeatable:
-            message = "%s %s: not sent again after a 401, since its body cannot be"
-            logger.info(message, request.method, request.url, extra=self._log_fields(request.url))
+            message, url = "%s %s: not sent again after a 401, since its body cannot be", _logged(request.url)
+            logger.info(message, request.method, url, extra=self._log_fields(url))
             return None
         return self._token(decision, request)
 
@@ -195,12 +214,13 @@ class BaseAuth(ABC):
                 self._credentials.replayed(call.renewed, status_codes[0] if status_codes else None)
 
     def _say_no_token_sent(self, url: object) -> None:
-        message = "no token sent to %s: not of environment %s"
-        logger.debug(message, url, self.environment.name, extra=self._log_fields(url))
+        if logger.isEnabledFor(logging.DEBUG):
+            message, url = "no token sent to %s: not of environment %s", _logged(url)
+            logger.debug(message, url, self.environment.name, extra=self._log_fields(url))
 
-    def _log_fields(self, url: object) -> dict[str, str]:
+    def _log_fields(self, url: str) -> dict[str, str]:
         """Return what a record of a call to `url` carries for structured logs."""
-        return {"client_id": self.client_id, "environment": self.environment.name, "url": str(url)}
+        return {"client_id": self.client_id, "environment": self.environment.name, "url": url}
 
     def _token_of(self, decision: Decision) -> Token:
         """Return the token that `decision` is, or raise the error."""
@@ -217,10 +237,12 @@ class BaseAuth(ABC):
         fault = failure.fault
         if failure.out_of_time:
             return self._wait_error(fault.reason, failure.until - time.monotonic())
-        message = f"{self.environment} {fault.reason}. {fault.advice}"
+        seconds = time.monotonic() - failure.met_at
+        remembered = f", {seconds:.0f} s ago" if seconds >= 1 else ""  # maybe of another client, with other proxies
+        message = f"{self.environment} {fault.reason}{remembered}. {fault.advice}"
         if fault.library_error is not None:
             return self._class_of(fault)(message)
-        return self.token_request_error(
+        return self._token_request_error(
             message,
             error=fault.error,
             error_description=fault.error_description,
@@ -233,23 +255,23 @@ class BaseAuth(ABC):
         seconds = round(max(0.0, seconds), 3)
         later = "later than max_wait allows. Try again then."
         message = f"{self.environment} {reason}: the next token request may go in {seconds:.1f} s, {later}"
-        return self.token_wait_error(message, retry_after=seconds)
+        return self._token_wait_error(message, retry_after=seconds)
 
     def _class_of(self, fault: Fault) -> type[Exception]:
         """Return the error class of this door's library: the fault may have been met by another."""
-        kind = getattr(self.library_errors, fault.library_error or "", None)
-        if isinstance(kind, type) and issubclass(kind, self.library_error):
+        kind = getattr(self._library_errors, fault.library_error or "", None)
+        if isinstance(kind, type) and issubclass(kind, self._library_error):
             return kind
-        return self.timeout_error if fault.timed_out else self.connection_error
+        return self._timeout_error if fault.timed_out else self._connection_error
 
     def _failed(self, error: Exception) -> Failed:
         """Return an error of the HTTP library as data, named by the nearest class that is the library's own."""
-        library = self.library_error.__module__.partition(".")[0]
+        library = self._library_error.__module__.partition(".")[0]
         name = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__.partition(".")[0] == library)
         cause: BaseException | None = error
         while cause is not None and not str(cause):  # some errors say nothing, but what they came of does
             cause = cause.__cause__ or cause.__context__
-        return Failed(name, str(cause or ""), isinstance(error, self.timeout_error))
+        return Failed(name, str(cause or ""), isinstance(error, self._timeout_error))
 
     def _perform(self, steps: Steps[T]) -> T:
         """Perform `steps`, blocking, and return what they come to."""
@@ -278,9 +300,11 @@ _ARGUMENTS = frozenset(
 
 def own_send(lent: Any) -> Any:
     """Return the `send` that was set on the session or client itself, as mocks do; None if it has only its class's."""
-    send = lent.send
-    # Not by `vars`: CPython looks up attributes more slowly once the __dict__ of an object has been asked for.
-    return send if getattr(send, "__func__", None) is not lent.__class__.send else None
+    send, kind = lent.send, lent.__class__
+    if getattr(send, "__func__", None) is kind.send:
+        return None  # without `vars`: CPython looks up attributes more slowly once an object's __dict__ was asked for
+    is_method = hasattr(inspect.getattr_static(kind, "send"), "__get__")  # of whatever kind; a mock has none
+    return None if is_method and "send" not in vars(lent) else send
 
 
 def travelling(thing: T, name: str) -> T | None:
@@ -301,7 +325,7 @@ def merged_cookies(sent: str, received: str) -> str:
     return "; ".join(f"{name}{equals}{value}" for name, (equals, value) in {p[0]: p[1:] for p in pairs}.items())
 
 
-def credentials_from_env(prefix: str) -> tuple[str, str, Environment | str]:
+def credentials_from_env(prefix: str) -> tuple[str, str, Environment]:
     """Return client_id, client_secret and environment as the environment variables name them; see `from_env`."""
     names = {key: prefix + key for key in ("CLIENT_ID", "CLIENT_SECRET", "ENVIRONMENT", "TOKEN_ENDPOINT", "BASE_URL")}
     values = {key: hidden(os.environ.get(name, "")) for key, name in names.items()}
@@ -311,10 +335,16 @@ def credentials_from_env(prefix: str) -> tuple[str, str, Environment | str]:
     needed = ["CLIENT_ID", "CLIENT_SECRET", *(("TOKEN_ENDPOINT", "BASE_URL") if has_url else ("ENVIRONMENT",))]
     if missing := [names[key] for key in needed if not values[key]]:
         raise ValueError(f"environment variables not set: {', '.join(missing)}")
-    environment: Environment | str = str(values["ENVIRONMENT"])
-    if has_url:
-        urls = {"token_endpoint": str(values["TOKEN_ENDPOINT"]), "base_url": str(values["BASE_URL"])}
-        environment = Environment("custom", **urls)
+    try:
+        _check_text("client_id", values["CLIENT_ID"])
+        _check_text("client_secret", values["CLIENT_SECRET"])
+        if has_url:
+            urls = {"token_endpoint": str(values["TOKEN_ENDPOINT"]), "base_url": str(values["BASE_URL"])}
+            environment = Environment("custom", **urls)
+        else:
+            environment = Environment.of(str(values["ENVIRONMENT"]))
+    except ValueError as error:
+        raise ValueError(f"environment variables {prefix}*: {error}") from None
     return str(values["CLIENT_ID"]), values["CLIENT_SECRET"], environment
 
 
@@ -347,10 +377,15 @@ def _opened(store: "StoreArgument | None") -> "Store | None":
     return open_store(store)
 
 
+def _logged(url: object) -> str:
+    """Return `url` without userinfo, query and fragment, in which others keep secrets."""
+    return re.sub(r"\A([^/]*//)[^/]*@", r"\1", re.split("[?#]", str(url))[0])
+
+
 def _check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
-        kind = "bytes" if isinstance(text, bytes) else type(text).__name__  # those of a secret are of a class of ours
-        raise TypeError(f"{name} must be a str, not {kind}")
+        kind = "bytes" if isinstance(text, bytes) else type(text).__name__  # that of a secret is of a class of ours
+        raise TypeError(f"{name} must be a str, not {text.type_name if isinstance(text, NotText) else kind}")
     if not text.strip():
         raise ValueError(f"{name} is empty")
     if text.endswith(("\n", "\r")):

@@ -166,7 +166,8 @@ class Credentials:
         known = self._change(lambda known: judged(known, access_token, status_code, self._clock(), of_replay=of_replay))
         is_judged = was_on_trial and known.renewals.on_trial != access_token
         if status_code == 401 and is_judged:
-            message = "%s: the API refuses the new token of client %r too (401). Check base_url and what it may do."
+            advice = "Check base_url, and what this client may do."
+            message = "%s: the API refuses the new token of client %r too (401). " + advice
             logger.warning(message, self._name, self.client.client_id, extra=self._log_fields)
 
     def _change(self, change: Callable[[Known], Known]) -> Known:
@@ -221,7 +222,7 @@ class Credentials:
             now = self._clock()
             if end := self._instead_of(wait, decision, call, attempt, now):
                 return end
-            self._announce(wait, attempt, now)
+            self._announce(wait, call, attempt, now)
             yield Sleep(min(wait.look_after, call.deadline - now))
 
     def _instead_of(
@@ -340,6 +341,10 @@ class Credentials:
         if attempt.shared_looks:
             token = replace(token, arrived_at=now)
         self._change(lambda known: landed(known, token, call, now, attempt.refused))
+        message = "%s: took a token of client %r from the store, for %.0f s"
+        seconds = token.expires_at - now
+        fields = {**self._log_fields, "seconds": round(seconds, 3)}
+        logger.debug(message, self._name, self.client.client_id, seconds, extra=fields)
         if attempt.refused is not None:
             call.renewed = token.access_token  # its replay says whether the renewal of the other has helped
 
@@ -392,15 +397,18 @@ class Credentials:
             return otherwise
         return answer  # type: ignore[no-any-return]
 
-    def _announce(self, wait: Wait, attempt: Attempt, now: float) -> None:
-        """Log what is waited for, once."""
-        if wait.reason == attempt.announced:
+    def _announce(self, wait: Wait, call: Call, attempt: Attempt, now: float) -> None:
+        """Log what is waited for, once; what may be over at any moment, when it has taken more than a second."""
+        message, seconds = "%s %s: the next may go in %.1f s", wait.until - now
+        if seconds <= 0:
+            message, seconds = "%s %s: waited for %.1f s so far", now - call.begun_at
+        is_long = seconds > 1
+        if wait.reason == attempt.announced or (wait.until <= now and not is_long):
             return
         attempt.announced = wait.reason
-        seconds = wait.until - now
-        level = logging.WARNING if seconds > 1 else logging.DEBUG
+        level = logging.WARNING if is_long else logging.DEBUG
         fields = {**self._log_fields, "seconds": round(seconds, 3)}
-        logger.log(level, "%s %s: the next may go in %.1f s", self._name, wait.reason, seconds, extra=fields)
+        logger.log(level, message, self._name, wait.reason, seconds, extra=fields)
 
     def _land(self, grant: Grant, call: Call, attempt: Attempt, asked_at: float, now: float) -> Token:
         """Keep a new token, and return it."""

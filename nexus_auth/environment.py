@@ -12,6 +12,7 @@ _URL = re.compile(
     (?: / [^\\?#\s]* )?
     """
 )
+LONGEST_SHOWN = 16  # characters of a name that is unknown
 _LOOPBACK = r"(?ai)localhost|127(\.[0-9]+){3}|\[::1\]"
 
 
@@ -46,7 +47,9 @@ class Environment(Value):
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeError(f"environment must be {expected} of {__package__}, not {value!r} (a {kind})")
         if value not in _KNOWN:
-            raise ValueError(f"unknown environment {value!r}: {expected}")
+            # What is longer may be the secret, given in place of the environment.
+            shown = repr(value) if len(value) <= LONGEST_SHOWN or "://" in value else "(a longer text)"
+            raise ValueError(f"unknown environment {shown}: {expected}")
         return _KNOWN[value]
 
 
@@ -55,7 +58,7 @@ def _check_url(argument: str, url: str) -> None:
         raise TypeError(f"{argument} must be a str, not {type(url).__name__}")
     parts = _URL.fullmatch(url)
     if parts is None or not url.isprintable() or int(parts["port"] or 0) > 65535:
-        raise ValueError(f"{argument} must be an https URL with nothing but a host, port and path")
+        raise ValueError(f"{argument} must be an https URL with nothing but a host, port and path, and no white space")
     if parts["scheme"].lower() == "http" and not re.fullmatch(_LOOPBACK, parts["host"]):
         raise ValueError(f"{argument} must be https, since secrets go there: plain http is for loopback only")
 

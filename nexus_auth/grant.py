@@ -34,6 +34,7 @@ HEADERS = {
     "Accept-Encoding": "identity",  # an answer is short, and one that is packed can be a bomb
     "Content-Type": "application/x-www-form-urlencoded",
 }
+WHITE_SPACE_AND_QUOTES = " \t\r\n\"'"  # which files with variables leave around a value
 # RFC 6749 section 5.2: shown in errors even where a secret is a word of one.
 ERROR_CODES = frozenset(
     ("invalid_request", "invalid_client", "invalid_grant", "unauthorized_client", "unsupported_grant_type",
@@ -128,8 +129,9 @@ def judge(answer: Response | Failed, client: Client, wall_clock: float) -> Grant
             library_error=answer.error_name,
             timed_out=answer.timed_out,
         )
-    members = _members(answer.body)
-    kind, reason, advice = _complaint(answer, members, client)
+    document = _members(answer.body)
+    members = document or {}
+    kind, reason, advice = _complaint(answer, members, client, is_object=document is not None)
     if kind is None:
         return Grant(_parsed_access_token(client, members), _lifetime(members.get("expires_in")))
     return Fault(
@@ -143,7 +145,9 @@ def judge(answer: Response | Failed, client: Client, wall_clock: float) -> Grant
     )
 
 
-def _complaint(answer: Response, members: dict[str, Any], client: Client) -> tuple[FaultKind | None, str, str]:
+def _complaint(
+    answer: Response, members: dict[str, Any], client: Client, *, is_object: bool
+) -> tuple[FaultKind | None, str, str]:
     """Return what is wrong with `answer`, in words, and what to do; no kind if nothing is."""
     status, access_token = answer.status_code, members.get("access_token")
     error = _shown_error(members.get("error"), client)
@@ -157,14 +161,18 @@ def _complaint(answer: Response, members: dict[str, Any], client: Client) -> tup
         return FaultKind.UNAVAILABLE, f"is down{': ' if said else ''}{said}", try_later
     if error:
         advice = "Check client_id, client_secret and scope: are they of this environment?"
+        if client.client_secret.strip(WHITE_SPACE_AND_QUOTES) != client.client_secret:
+            advice += " The client_secret begins or ends with white space or a quote."
         return FaultKind.REFUSED, f"refused client {client.client_id!r}: {said}", advice
-    if 300 <= status < 400:
-        target = _shown(re.split("[?#]", answer.headers.get("Location", ""))[0], client)
+    if 300 <= status < 400 and (location := answer.headers.get("Location")):
+        target = _shown(re.split("[?#]", location)[0], client)
         return FaultKind.ODD_ANSWER, f"redirected to {target}, which is not followed", try_later
     if not 200 <= status < 300:
         return FaultKind.ODD_ANSWER, "gave neither a token nor an OAuth error", try_later
     if answer.body is None:
         return FaultKind.ODD_ANSWER, f"gave an answer longer than {MAX_BODY} bytes", try_later
+    if not is_object:
+        return FaultKind.ODD_ANSWER, "gave an answer that is no JSON object", try_later
     if not isinstance(access_token, str) or not re.fullmatch(r"[\x21-\x7e]+", access_token):  # RFC 6749 appendix A.12
         return FaultKind.ODD_ANSWER, "gave no usable access_token", try_later
     if str(members.get("token_type", "Bearer")).lower() != "bearer":
@@ -172,12 +180,13 @@ def _complaint(answer: Response, members: dict[str, Any], client: Client) -> tup
     return None, "", ""
 
 
-def _members(body: bytes | None) -> dict[str, Any]:
+def _members(body: bytes | None) -> dict[str, Any] | None:
+    """Return the members of a JSON object; None if it is none."""
     with contextlib.suppress(ValueError, RecursionError):  # no JSON
         document: Any = json.loads(body or b"")
         if isinstance(document, dict):
             return {**document}
-    return {}
+    return None
 
 
 def _lifetime(expires_in: Any) -> float:

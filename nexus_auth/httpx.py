@@ -11,7 +11,7 @@ except ModuleNotFoundError as _missing:
 from . import errors
 from ._httpx_flow import ClientOptions, FactoryOptions, HTTPXAuth, make_client
 from .environment import Environment
-from .secret import hidden
+from .secret import hidden, hidden_secret
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,13 +42,13 @@ class NexusAuth(HTTPXAuth[httpx.Client | httpx.AsyncClient], httpx.Auth):
     `httpx.RequestError` as well, or the connection error that httpx raised for the token request.
     """
 
-    library: ClassVar[Any] = httpx
-    library_errors: ClassVar[ModuleType] = httpx
-    library_error: ClassVar[type[Exception]] = httpx.RequestError
-    connection_error: ClassVar[type[Exception]] = httpx.ConnectError
-    timeout_error: ClassVar[type[Exception]] = httpx.TimeoutException
-    token_request_error: ClassVar[type[errors.TokenRequestError]] = TokenRequestError
-    token_wait_error: ClassVar[type[errors.TokenWaitError]] = TokenWaitError
+    _library: ClassVar[Any] = httpx
+    _library_errors: ClassVar[ModuleType] = httpx
+    _library_error: ClassVar[type[Exception]] = httpx.RequestError
+    _connection_error: ClassVar[type[Exception]] = httpx.ConnectError
+    _timeout_error: ClassVar[type[Exception]] = httpx.TimeoutException
+    _token_request_error: ClassVar[type[errors.TokenRequestError]] = TokenRequestError
+    _token_wait_error: ClassVar[type[errors.TokenWaitError]] = TokenWaitError
 
 
 @overload
@@ -75,7 +75,7 @@ def nexus_client(
     `NexusAuth.from_env`. `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`; `client_options` are those of
     `httpx.Client`. The other arguments and the errors are those of `NexusAuth`.
     """
-    client_secret, store = hidden(client_secret), hidden(store)
+    client_secret, store = hidden_secret(client_secret), hidden(store)
     options = {"scope": scope, "leeway": leeway, "max_wait": max_wait, "store": store}
     credentials = client_id, client_secret, environment
     return make_client(httpx.Client, NexusAuth, credentials, options, iso8601, client_options)
@@ -103,7 +103,7 @@ def nexus_async_client(
 
     The arguments and the errors are those of `nexus_client`.
     """
-    client_secret, store = hidden(client_secret), hidden(store)
+    client_secret, store = hidden_secret(client_secret), hidden(store)
     options = {"scope": scope, "leeway": leeway, "max_wait": max_wait, "store": store}
     credentials = client_id, client_secret, environment
     return make_client(httpx.AsyncClient, NexusAuth, credentials, options, iso8601, client_options)

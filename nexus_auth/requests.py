@@ -7,7 +7,7 @@ import json
 import re
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
 
@@ -29,7 +29,7 @@ from .credentials import Credentials
 from .environment import Environment
 from .grant import HEADERS, form, unpacked, user_agent
 from .known import Call, Limits
-from .secret import hidden, leaving_no_locals
+from .secret import hidden, hidden_secret, leaving_no_locals
 from .steps import MAX_BODY, Failed, Response, SendTokenRequest
 from .threads import cut_off_at
 from .token import Token
@@ -65,12 +65,12 @@ class NexusAuth(BaseAuth, AuthBase):
     `requests.RequestException` as well, or the connection error that requests raised for the token request.
     """
 
-    library_errors: ClassVar[ModuleType] = requests.exceptions
-    library_error: ClassVar[type[Exception]] = requests.RequestException
-    connection_error: ClassVar[type[Exception]] = requests.ConnectionError
-    timeout_error: ClassVar[type[Exception]] = requests.Timeout
-    token_request_error: ClassVar[type[errors.TokenRequestError]] = TokenRequestError
-    token_wait_error: ClassVar[type[errors.TokenWaitError]] = TokenWaitError
+    _library_errors: ClassVar[ModuleType] = requests.exceptions
+    _library_error: ClassVar[type[Exception]] = requests.RequestException
+    _connection_error: ClassVar[type[Exception]] = requests.ConnectionError
+    _timeout_error: ClassVar[type[Exception]] = requests.Timeout
+    _token_request_error: ClassVar[type[errors.TokenRequestError]] = TokenRequestError
+    _token_wait_error: ClassVar[type[errors.TokenWaitError]] = TokenWaitError
 
     _signature: "_Signature | None" = None  # the last one that was made for a fresh token
 
@@ -87,7 +87,7 @@ class NexusAuth(BaseAuth, AuthBase):
         store: "StoreArgument | None" = None,
         session: requests.Session | None = None,
     ) -> None:
-        client_secret, store = hidden(client_secret), hidden(store)
+        client_secret, store = hidden_secret(client_secret), hidden(store)
         # Not `Session`, which caching libraries replace: a session may be made of either class.
         if not isinstance(session, (SessionRedirectMixin, type(None))):
             raise TypeError(f"session must be a requests.Session, not {type(session).__name__}")
@@ -291,7 +291,7 @@ def _replay_of(refused: requests.Response, token: Token) -> requests.PreparedReq
 def _rewound(request: requests.PreparedRequest) -> bool:
     """Tell whether the body of `request` can be sent again whole, and set a file back to where it stood."""
     body = request.body
-    if body is None or isinstance(body, (bytes, str, bytearray, memoryview, Collection)):
+    if body is None or isinstance(body, Sequence):
         return True
     try:
         rewind_body(request)
@@ -329,9 +329,10 @@ class _Signature:
 
     def mend(self, response: requests.Response, **options: Any) -> requests.Response:
         """Return `response`, or what came of sending its request once more after a 401 (a response hook)."""
+        call, self._call = self._call, None  # its request may be sent again
         if response.status_code != 401 and self._credentials.known.renewals.on_trial is None:
             return response
-        return self._mended(response, self._token, self._call, options)
+        return self._mended(response, self._token, call, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _NoSignature, ()
@@ -358,7 +359,8 @@ class NexusSession(requests.Session):
 
     def prepare_request(self, request: requests.Request) -> requests.PreparedRequest:
         """Prepare `request`, its URL joined to `base_url` unless it is absolute."""
-        url = request.url.decode() if isinstance(request.url, bytes) else request.url or ""
+        given: Any = request.url  # requests takes bytes, and objects with a text
+        url = (given.decode() if isinstance(given, bytes) else str(given or "")).lstrip()
         if not re.match(r"[a-z][a-z0-9+.-]*://", url, re.IGNORECASE):
             request = copy.copy(request)
             request.url = f"{self.base_url.rstrip('/')}/{url.lstrip('/')}"
@@ -418,7 +420,7 @@ def nexus_session(
     `NexusAuth.from_env`. `iso8601` asks the API for dates as `yyyy-MM-ddTHH:mm:ssZ`. The other arguments and the errors
     are those of `NexusAuth` (`timeout` is for token requests; requests takes that of an API call with each call).
     """
-    client_secret, store = hidden(client_secret), hidden(store)
+    client_secret, store = hidden_secret(client_secret), hidden(store)
     if client_id is client_secret is environment is None:
         store = store or store_from_env()
     auth = NexusAuth(

@@ -43,11 +43,25 @@ class HiddenBytes(bytes):
         return SHOWN.encode()
 
 
+class NotText:
+    """What stands for a secret of a wrong type, of which nothing but the name of that is kept."""
+
+    def __init__(self, type_name: str) -> None:
+        self.type_name = type_name
+
+
 def hidden(secret: Any) -> Any:
     """Return `secret` as a text or bytes that hide themselves; a value of another type as it is."""
     if isinstance(secret, str):
         return HiddenText(secret)
     return HiddenBytes(secret) if isinstance(secret, bytes) else secret
+
+
+def hidden_secret(secret: Any) -> Any:
+    """Return what was given as a secret, hidden whatever it is; `None`, which stands for none, as it is."""
+    if isinstance(secret, (str, bytes, NotText, type(None))):
+        return hidden(secret)
+    return NotText(type(secret).__name__)
 
 
 @contextlib.contextmanager
@@ -57,8 +71,18 @@ def leaving_no_locals() -> Generator[None, None, None]:
     try:
         yield
     except BaseException as error:
-        one: BaseException | None = error
-        while one is not None and one is not before:
+        seen, found = {id(before)}, [error]
+        while found:
+            one = found.pop()
+            if id(one) in seen:
+                continue
+            seen.add(id(one))
             traceback.clear_frames(one.__traceback__)
-            one = one.__context__
+            found += [other for other in (one.__context__, one.__cause__, *_grouped(one)) if other is not None]
         raise
+
+
+def _grouped(error: BaseException) -> tuple[BaseException, ...]:
+    """Return the exceptions of an `ExceptionGroup`, which Python 3.10 has from a package."""
+    exceptions: tuple[Any, ...] | None = getattr(error, "exceptions", None)
+    return tuple(one for one in exceptions or () if isinstance(one, BaseException))

@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 OUTAGE = 30.0  # seconds without another call of a store that is out of order
 MOST_STUCK = 8  # calls that hang in a store at most, each in its thread, before it is left alone until one returns
+NO_TIME = 0.01  # seconds that what is put away is kept
 UNKNOWN_LIFETIME = 86400.0  # seconds that a token is kept which has no lifetime
 
 
@@ -120,6 +121,7 @@ class Shared:
             now = self._clock()
             if isinstance(outcome, Token):
                 self._put("token", _token_to_json(outcome), min(outcome.expires_at - now, UNKNOWN_LIFETIME))
+                self._forget("failure")
             if isinstance(outcome, Failure):
                 self._put("failure", _failure_to_json(outcome), outcome.until - now)
             if closed_for > 0:
@@ -151,6 +153,11 @@ class Shared:
     def _put(self, kind: str, document: dict[str, Any], ttl: float) -> None:
         if ttl > 0:
             self._store.put(self._seal.name(kind), self._seal.seal(kind, json.dumps(document).encode()), ttl)
+
+    def _forget(self, kind: str) -> None:
+        """Put away the value of that kind, if there is one: no store need know how to delete."""
+        if self._store.get(self._seal.name(kind)) is not None:
+            self._store.put(self._seal.name(kind), b"", NO_TIME)
 
     def _get(self, kind: str, read: Callable[[dict[str, Any], float, float], T]) -> T | None:
         """Return the value of that kind, None if there is none that can be read: it may be of another version."""

@@ -23,7 +23,7 @@ from json import dumps
 from math import inf
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from .environment import Environment
@@ -128,9 +128,10 @@ class NexusSandbox:
         def customers(arrival):
             return None if arrival.path.startswith("/customer") else Answer(404, json={"message": "Not found"})
 
-    `token_requests` and `requests` are lists of what arrived, an `Arrival` each, in order. `expires_in`, `scopes` and
-    `limit` can be set while it runs. While the `threading.Event` `gate` is cleared, the answers to token requests are
-    held back. `POST /sandbox/revoke` does as `revoke_tokens` does, for other processes.
+    `token_requests` and `requests` are lists of what arrived, an `Arrival` each, in order. `expires_in`, `scopes`,
+    `limit` and `api` can be set while it runs. While the `threading.Event` `gate` is cleared, the answers to token
+    requests are held back: `threading.Timer(3, nexus.gate.set).start()` lets them go 3 seconds later.
+    `POST /sandbox/revoke` does as `revoke_tokens` does, for other processes.
 
     With an `ssl_context` it is https://localhost. `port` is for who needs a known one; 0 takes a free one. The end of
     the block closes all connections, those of answers that are delayed or held back too. Raises `TypeError` and
@@ -144,19 +145,18 @@ class NexusSandbox:
                  port: int = 0) -> None:  # fmt: skip
         if client_secret is None:
             client_secret = secrets.token_urlsafe(24)
-        _document("expires_in", expires_in)
         self.client_id: str = _text("client_id", client_id)
         self.client_secret: str = _text("client_secret", client_secret)
         self.clients: dict[str, str] = {client_id: client_secret}
         self.expires_in = expires_in
-        self.scopes: tuple[str, ...] = _single_scopes(scopes)
-        self.limit: int = _integer("limit", limit)
+        self.scopes: tuple[str, ...] = scopes
+        self.limit: int = limit
+        self.api = api
         self.gate: threading.Event = threading.Event()
         self.gate.set()
         self.token_requests: list[Arrival] = []
         self.requests: list[Arrival] = []
         self._ssl_context = _server_context(ssl_context)
-        self._api = _function(api)
         self._port = _integer("port", port, most=65535)
         self._environment: Environment | None = None
         self._server: _Server | None = None
@@ -165,6 +165,16 @@ class NexusSandbox:
         self._faults = _Script()
         self._scripts: dict[tuple[str | None, str], _Script] = {}
         self._arrived = threading.Condition()  # also the lock of all of the above
+
+    if not TYPE_CHECKING:  # type checkers would take any name for one that can be set
+
+        def __setattr__(self, name: str, value: object) -> None:
+            """Raise the errors of the constructor for what makes no sense; `AttributeError` for a name of none."""
+            if check := _CHECKS.get(name):
+                check(name, value)
+            elif not name.startswith("_") and name not in _ATTRIBUTES:
+                raise AttributeError(f"a NexusSandbox has no attribute {name!r}")
+            super().__setattr__(name, value)
 
     @property
     def environment(self) -> Environment:
@@ -203,6 +213,9 @@ class NexusSandbox:
 
         It blocks: in a coroutine, `await asyncio.to_thread(nexus.wait_for, token_requests=1)`.
         """
+
+        _integer("token_requests", token_requests)
+        _integer("requests", requests)
 
         def are_here() -> bool:
             return len(self.token_requests) >= token_requests and len(self.requests) >= requests
@@ -271,7 +284,7 @@ class NexusSandbox:
             scheme, _, token = (arrival.headers["Authorization"] or "").partition(" ")
             if scheme.lower() != "bearer" or self._tokens.get(token, 0) < arrival.time:
                 return _unauthorized()
-        answer = self._api(arrival) if self._api else None
+        answer = self.api(arrival) if self.api else None
         if not isinstance(answer, (Answer, type(None))):
             raise TypeError(f"api must return an Answer or None, not {type(answer).__name__}")
         return answer or _echo(arrival)
@@ -398,13 +411,12 @@ def _document(name: str, value: Any) -> bytes:
         raise TypeError(f"{name} cannot be written as JSON: {error}") from error
 
 
-def _single_scopes(scopes: tuple[str, ...]) -> tuple[str, ...]:
-    _check_kind("scopes", scopes, tuple, list, set, frozenset)
+def _single_scopes(name: str, scopes: Any) -> None:
+    _check_kind(name, scopes, tuple, list, set, frozenset)
     for scope in scopes:
-        _check_kind("scopes", scope, str)
+        _check_kind(name, scope, str)
         if not SCOPE.fullmatch(scope):
-            raise ValueError(f"scopes has what is no single scope: {scope!r}")
-    return tuple(scopes)
+            raise ValueError(f"{name} has what is no single scope: {scope!r}")
 
 
 def _server_context(ssl_context: ssl.SSLContext | None) -> ssl.SSLContext | None:
@@ -415,10 +427,20 @@ def _server_context(ssl_context: ssl.SSLContext | None) -> ssl.SSLContext | None
     return ssl_context
 
 
-def _function(api: Callable[[Arrival], Answer | None] | None) -> Callable[[Arrival], Answer | None] | None:
+def _function(name: str, api: object) -> None:
     if api is not None and (not callable(api) or inspect.iscoroutinefunction(api)):
-        raise TypeError(f"api must be a function, and not async: {api!r}")
-    return api
+        raise TypeError(f"{name} must be a function, and not async: {api!r}")
+
+
+def _event(name: str, gate: object) -> None:
+    _check_kind(name, gate, threading.Event)
+
+
+# Of a sandbox: what can be set while it runs, and how that is checked; and its other public attributes.
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "expires_in": _document, "scopes": _single_scopes, "limit": _integer, "api": _function, "gate": _event,
+}  # fmt: skip
+_ATTRIBUTES = frozenset(("client_id", "client_secret", "clients", "token_requests", "requests"))
 
 
 def _sendable(headers: Mapping[str, str] | None) -> Mapping[str, str]:

@@ -97,7 +97,8 @@ def test_redirects_are_not_followed(driver: Driver, sandbox: NexusSandbox, stran
         driver.ready_made(sandbox),
     ]
     away = stranger.environment.token_endpoint
-    redirects = [(301, away), (302, away), (303, away), (307, away), (308, away), (307, "/connect/2"), (308, "3")]
+    redirects = [(301, away), (302, away), (303, away), (307, away), (308, away), (307, "/connect/2"), (308, "3"),
+                 (302, "http://else.example:abc/"), (302, "mailto:x")]  # fmt: skip
     for client, (status, target) in itertools.product(clients, redirects):
         forget_tokens()
         sandbox.fail_token_requests(status=status, headers={"Location": target})

@@ -521,7 +521,7 @@ def test_what_the_log_says_of_the_life_of_a_token(caplog: pytest.LogCaptureFixtu
     again, *others = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
     obtained = f"DEBUG {ENDPOINT} gave client 'abc' a token for 3600.0 s"
     renewed = f"INFO {ENDPOINT}: renewed the token of client 'abc' after a 401"
-    refused = "the API refuses the new token of client 'abc' too (401). Check base_url and what it may do."
+    refused = "the API refuses the new token of client 'abc' too (401). Check base_url, and what this client may do."
     assert again.startswith(f"WARNING {ENDPOINT} is down (HTTP 503): the next try is in 0.")
     assert others == [
         f"DEBUG {ENDPOINT} gave client 'abc' a token for 90.0 s",
@@ -550,6 +550,18 @@ def test_what_is_waited_for_is_logged_once(caplog: pytest.LogCaptureFixture) -> 
         ("DEBUG", f"{ENDPOINT} is being asked for another caller: the next may go in 1.0 s", 0.988),
     ]
     assert len(caplog.records) == 3  # with that of the token
+
+
+def test_a_long_token_request_of_another_caller_is_logged_by_who_waits(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "nexus_auth")
+    herd = Herd(token("t", takes=0.9), token("t2", takes=5))
+    for refused in (None, "t"):
+        herd.start(refused)
+        herd.start(refused)
+        herd.run()
+    (record,) = [record for record in caplog.records if "another caller" in record.getMessage()]
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"{ENDPOINT} is being asked for another caller: waited for 1.")
 
 
 @pytest.mark.parametrize(("now", "left"), [(NOW, 600), (NOW + 599, 1), (NOW + 600, 0), (NOW + 601, 0)])

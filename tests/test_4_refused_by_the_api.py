@@ -408,6 +408,22 @@ class Pipe(io.BytesIO):
         raise io.UnsupportedOperation
 
 
+class Once:
+    """A collection by its methods, which has its content once only, like a progress bar around a generator."""
+
+    def __init__(self, *parts: bytes) -> None:
+        self.parts = iter(parts)
+
+    def __len__(self) -> int:
+        return 9
+
+    def __contains__(self, part: object) -> bool:
+        return False
+
+    def __iter__(self) -> Any:
+        yield from self.parts
+
+
 class ClosesItself(io.BytesIO):
     """A file that is closed once it has been read."""
 
@@ -441,6 +457,7 @@ NOT_SENT_AGAIN: dict[str, tuple[list[str], Options]] = {
     "a generator": (INSTALLED, lambda driver: {"body": driver.generator([b"all ", b"of it"])}),
     "a pipe": (BLOCKING, lambda _: {"body": Pipe(b"all of it")}),
     "a file that is closed meanwhile": (BLOCKING, lambda _: {"body": ClosesItself(b"all of it")}),
+    "what only looks like a collection": (BLOCKING, lambda _: {"body": Once(b"all of it")}),
     "an iterator": (BLOCKING, lambda _: {"body": iter([b"all ", b"of it"])}),
     "a multipart of a pipe": (HTTPX, lambda _: {"files": {"file": Pipe(b"all of it")}}),
 }
@@ -586,11 +603,31 @@ def test_a_401_after_a_token_that_took_long(driver: Driver, sandbox: NexusSandbo
     assert isinstance(outcome(driver.get, client, url(sandbox)), driver.door.TokenWaitError)
 
 
+@pytest.mark.parametrize("driver", REQUESTS, indirect=True)
+def test_what_a_request_has_waited_is_no_matter_when_it_is_sent_again(driver: Driver, sandbox: NexusSandbox) -> None:
+    session = driver.ready_made(sandbox, max_wait=0)
+    request = session.prepare_request(driver.library.Request("GET", "/customer"))
+    for _ in range(2):
+        assert session.send(request).status_code == 200
+        sandbox.revoke_tokens()
+
+
 def test_what_one_call_has_waited_is_no_matter_to_the_next(driver: Driver, sandbox: NexusSandbox) -> None:
     client = driver.client(driver.auth(sandbox, max_wait=0.1))
     sandbox.fail_token_requests(status=200, json={"access_token": "unknown", "token_type": "Bearer"}, delay=0.2)
     assert driver.get(client, url(sandbox)).status == 401  # it has spent its `max_wait`
     assert driver.get(client, url(sandbox)).status == 200
+
+
+def test_what_no_refused_token_can_be(driver: Driver, sandbox: NexusSandbox) -> None:
+    auth = driver.auth(sandbox)
+    token = driver.access_token(auth)
+    wrong: dict[type[Exception], list[Any]] = {ValueError: [f"Bearer {token}", ""], TypeError: [token.encode(), True]}
+    for kind, values in wrong.items():
+        for refused in values:
+            with pytest.raises(kind, match="refused"):
+                driver.access_token(auth, refused=refused)
+    assert driver.access_token(auth) == token
 
 
 def test_another_token_for_what_is_no_http_call(driver: Driver, sandbox: NexusSandbox) -> None:

@@ -178,7 +178,9 @@ def test_requests_elsewhere_pass_through_untouched(
         arrival = stranger.requests[-1]
         assert (arrival.body, arrival.headers["X-Mine"]) == (b"mine", "mine")
         assert arrival.headers["Authorization"] == authorization
-    assert log() == [("DEBUG", f"no token sent to {url(stranger)}: not of environment sandbox")] * 2
+    with_more = url(stranger).replace("//", "//user:pass@") + "?signature=mine#mine"
+    driver.get(client, with_more)
+    assert log() == [("DEBUG", f"no token sent to {url(stranger)}: not of environment sandbox")] * 3
     assert sandbox.token_requests == []
 
 

@@ -19,6 +19,7 @@ from nexus_auth.grant import Fault, FaultKind, Grant, judge, unpacked
 from nexus_auth.secret import HiddenText
 from nexus_auth.steps import MAX_BODY, Client, Response
 from nexus_auth.testing import NexusSandbox
+from nexus_auth.value import replace
 
 CLIENT = Client("https://identity.example/token", "id", HiddenText("s3cret"), "api1")
 TOKEN = b'{"access_token": "a", "token_type": "Bearer"}'
@@ -35,17 +36,21 @@ def judged_json(document: Any, status: int = 200) -> Any:
 # What is no token
 
 
-UNUSABLE, OTHER_TYPE = "gave no usable access_token", "gave a token of another type than Bearer"
+NO_OBJECT, UNUSABLE = "gave an answer that is no JSON object", "gave no usable access_token"
+OTHER_TYPE = "gave a token of another type than Bearer"
 NEITHER = "gave neither a token nor an OAuth error"
 LOCATION, AWAY = (
     "https://else.example/login?back=1#top",
     "redirected to https://else.example/login, which is not followed",
 )
 NO_TOKENS: list[tuple[int, str, list[bytes | None]]] = [
-    (200, UNUSABLE, [
+    (200, NO_OBJECT, [
         b"", b"<html>", b"null", b'["access_token"]', b'"token"', b"[" * 100_000, TOKEN[:-1], TOKEN * 2,
-        b'{"access_token": "\xff"}', b'{"access_token": "t", "x": ' + b"9" * 9999 + b"}", b'{"token_type": "Bearer"}',
-        b'{"access_token": null}', b'{"access_token": 1}', b'{"access_token": ""}', b'{"access_token": "a b"}',
+        b'{"access_token": "\xff"}', b'{"access_token": "t", "x": ' + b"9" * 9999 + b"}",
+    ]),
+    (200, UNUSABLE, [
+        b'{"token_type": "Bearer"}', b'{"access_token": null}',
+        b'{"access_token": 1}', b'{"access_token": ""}', b'{"access_token": "a b"}',
         b'{"access_token": "a\\n"}', b'{"access_token": "a\\r\\nX: y"}', b'{"access_token": "a\\u0000"}',
         '{"access_token": "ä"}'.encode(), b'{"access_token": "\\ud800"}',
     ]),
@@ -57,6 +62,7 @@ NO_TOKENS: list[tuple[int, str, list[bytes | None]]] = [
         TOKEN, b'{"error": 7, "error_description": [1]}', b'{"error": {"a": 1}}',
         b'{"error": "", "error_description": "no"}',
     ]),
+    (304, NEITHER, [b""]),
     (404, NEITHER, [b"<html>"]),
     (428, NEITHER, [TOKEN]),
     (499, NEITHER, [TOKEN]),
@@ -69,7 +75,7 @@ NO_TOKENS: list[tuple[int, str, list[bytes | None]]] = [
     ids=lambda value: repr(value)[:50],
 )
 def test_what_is_no_token(status: int, reason: str, body: bytes | None) -> None:
-    fault = judged(body, status, Location=LOCATION)
+    fault = judged(body, status, **({"Location": LOCATION} if reason == AWAY else {}))
     assert isinstance(fault, Fault)
     assert (fault.kind, fault.reason) == (FaultKind.ODD_ANSWER, f"{reason} (HTTP {status})")
     assert fault.advice == "Check token_endpoint; if it is right, try again later."
@@ -85,6 +91,15 @@ def test_an_oauth_error_is_a_refusal_whatever_its_status(status: int, error: str
     assert (fault.error, fault.error_description, fault.status_code) == (error, "no such client", status)
     assert fault.reason == f"refused client 'id': {error}, no such client (HTTP {status})"
     assert fault.advice == "Check client_id, client_secret and scope: are they of this environment?"
+
+
+@pytest.mark.parametrize("around", [" {}", "{}\t", '"{}"', "'{}'"])
+def test_a_refusal_says_that_a_secret_has_something_around_it(around: str) -> None:
+    """As files with variables leave it there."""
+    client = replace(CLIENT, client_secret=HiddenText(around.format("s3cret")))
+    fault = judge(Response(400, {}, b'{"error": "invalid_client"}'), client, wall_clock=0.0)
+    assert isinstance(fault, Fault)
+    assert fault.advice.endswith("? The client_secret begins or ends with white space or a quote.")
 
 
 def test_a_long_description_is_cut() -> None:
@@ -184,7 +199,7 @@ def test_whatever_comes_is_a_token_or_a_fault(status: int, body: bytes | None, h
 
 def test_no_answer_that_is_no_token_is_taken_for_one(driver: Driver, sandbox: NexusSandbox) -> None:
     client = driver.client(driver.auth(sandbox))
-    for body, reason in ((b"", UNUSABLE), (b'{"access_token": "a", "token_type": "mac"}', OTHER_TYPE)):
+    for body, reason in ((b"", NO_OBJECT), (b'{"access_token": "a", "token_type": "mac"}', OTHER_TYPE)):
         forget_tokens()
         sandbox.fail_token_requests(status=200, body=body)
         error = outcome(driver.get, client, url(sandbox))

@@ -124,6 +124,12 @@ def test_an_unknown_environment() -> None:
         assert str(raised.value) == f"unknown environment {value!r}: 'test' or 'production', or an Environment"
 
 
+def test_a_secret_in_place_of_an_environment_is_not_shown() -> None:
+    with pytest.raises(ValueError, match="unknown environment") as raised:
+        NexusAuth("id", "test", SECRET)
+    assert SECRET not in str(raised.value)
+
+
 def test_what_is_no_environment() -> None:
     """That of a copy of the package is none either, and is named as such."""
     words = "environment must be 'test' or 'production', or an Environment of nexus_auth, not "
@@ -280,6 +286,7 @@ def test_from_env_checks_what_it_finds(variables: Any) -> None:
         ({"CLIENT_SECRET": f"{SECRET}\n"}, "client_secret ends with a newline"),
         ({"CLIENT_ID": " "}, "client_id is empty"),
         ({"ENVIRONMENT": "prod"}, "unknown environment 'prod'"),
+        ({"ENVIRONMENT": "", "TOKEN_ENDPOINT": IDENTITY, "BASE_URL": f"{API} "}, "base_url must be .* no white space"),
         ({"BASE_URL": API}, unclear),
         ({"TOKEN_ENDPOINT": IDENTITY}, unclear),
         ({"TOKEN_ENDPOINT": IDENTITY, "BASE_URL": API}, unclear),
@@ -288,6 +295,7 @@ def test_from_env_checks_what_it_finds(variables: Any) -> None:
         with pytest.raises(ValueError, match=words) as raised:
             NexusAuth.from_env()
         assert SECRET not in str(raised.value)
+        assert str(raised.value).startswith("environment variables NEXUS_*: ") or words == unclear
     variables(**BY_NAME)
     for options in ({"client_id": "another"}, {"leewey": 1}):
         with pytest.raises(TypeError):

@@ -410,7 +410,15 @@ def test_variables_that_do_not_suffice(run: Run, monkeypatch: pytest.MonkeyPatch
             assert "NEXUS_CLIENT_ID, NEXUS_CLIENT_SECRET" in outcome.reason
     monkeypatch.setenv("NEXUS_CLIENT_ID", "abc")
     monkeypatch.setenv("NEXUS_CLIENT_SECRET", "very secret\udcff")
-    assert run("check").reason.startswith("client_secret has lone surrogates")
+    assert "client_secret has lone surrogates" in run("check").reason
+
+
+def test_without_stdout(run: Run, nexus: NexusSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in COMMANDS:
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", None)
+            assert command_line.main(list(command)) == 1
+    assert nexus.token_requests == []
 
 
 def test_credentials_that_are_refused(run: Run, nexus: NexusSandbox) -> None:
@@ -557,10 +565,10 @@ def test_sandbox_serves_others_until_ctrl_c(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     hint = process.stderr.readline()
-    assert hint.startswith(f"to revoke all its tokens: curl -X POST http://127.0.0.1:{port}/")
+    assert hint.startswith(f"# to revoke all its tokens: curl -X POST http://127.0.0.1:{port}/")
     assert json.loads(run("token", "--details").out)["lifetime"] in range(1200, 1235)
     assert requests.post(hint.split()[-1], timeout=10).status_code == 204
     assert run("get", "/customer").status == 0  # with the second of two tokens
     assert "60 token requests per minute" in run("token", "--no-store", "--max-wait", "1").reason
     process.send_signal(ctrl_c)
-    assert finish(process) == (0, "", "")
+    assert finish(process) == (0, "", "# 3 token requests and 2 API requests have arrived\n")

@@ -110,6 +110,13 @@ def test_a_factory_makes_a_plain_client(driver: Driver, sandbox: NexusSandbox) -
     assert "request_iso8601" not in made.headers
 
 
+@pytest.mark.parametrize("driver", [name for name in INSTALLED if name != "requests"], indirect=True)
+def test_what_a_factory_makes_itself_cannot_be_given(driver: Driver, sandbox: NexusSandbox) -> None:
+    for option in ("auth", "base_url"):
+        with pytest.raises(TypeError, match=f"^{option} cannot be given"):
+            driver.ready_made(sandbox, **{option: sandbox.environment.base_url})
+
+
 def test_urls(driver: Driver, sandbox: NexusSandbox) -> None:
     client = driver.ready_made(sandbox)
     for path in ("/customer", "customer", "/customer?page=2", "customer/1/", "?page=2", ""):
@@ -123,12 +130,25 @@ def test_urls(driver: Driver, sandbox: NexusSandbox) -> None:
         assert driver.get(client, only_looks_absolute).status == 200, only_looks_absolute
 
 
+class URL:
+    """As other libraries have them: an object with a text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @ON_REQUESTS
 def test_urls_that_only_look_absolute_to_requests(driver: Driver, sandbox: NexusSandbox) -> None:
     """Its sessions join nothing themselves, so this is for the door to do."""
     client = driver.ready_made(sandbox)
     for only_looks_absolute in (":443@evil.example", "https:evil.example", "https:/evil.example"):
         assert driver.get(client, only_looks_absolute).status == 200, only_looks_absolute
+    for absolute in (URL(url(sandbox, "/absolute")), f"  {url(sandbox, '/absolute')}"):  # which requests takes, too
+        assert client.get(absolute).status_code == 200
+        assert sandbox.requests[-1].path == "/absolute"
     request = driver.library.Request("GET", b"/bytes")
     assert client.send(client.prepare_request(request)).status_code == 200
     assert (sandbox.requests[-1].path, request.url) == ("/bytes", b"/bytes")  # the caller's own stays as it is
@@ -230,7 +250,7 @@ def test_a_client_of_the_other_kind_is_lent(doors: list[Driver], sandbox: NexusS
         token: Any = outcome(driver.access_token, auth)
         assert type(call) is type(token) is TypeError
         assert str(call) == str(token)
-        assert str(call).endswith("Client; its auth was lent another")
+        assert str(call).endswith(f"Client; its auth was lent one of kind {type(lent).__name__}")
     assert sandbox.token_requests == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -73,7 +74,7 @@ def test_each_library_is_told_in_its_own_errors(doors: list[Driver], sandbox: Ne
         assert len(sandbox.token_requests) == count * (1 if kind == "token_wait_error" else 4)
         assert len({id(error) for error in errors}) == len(errors)
         for error, driver in zip(errors, those, strict=True):
-            assert isinstance(error, getattr(driver.door.NexusAuth, kind))
+            assert isinstance(error, getattr(driver.door.NexusAuth, f"_{kind}"))
             assert isinstance(error, NexusAuthError) == (kind != "library_error")
             assert sandbox.environment.token_endpoint in str(error)
             # The caller's request: that of the token has the secret in it.
@@ -188,6 +189,26 @@ def test_messages_of_an_endpoint_that_cannot_be_reached(
         assert str(error).endswith(CHECK_NETWORK)
         assert len(str(error)) < 600
     assert sandbox.token_requests == []
+
+
+def test_a_failure_that_is_remembered_says_how_old_it_is(
+    driver: Driver, sandbox: NexusSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been met by another client, with other proxies."""
+    sandbox.clients.clear()
+    assert " ago" not in str(called(driver, sandbox))
+    now = time.monotonic
+    monkeypatch.setattr("nexus_auth.auth.time.monotonic", lambda: now() + 3)
+    assert "invalid_client" in (message := str(called(driver, sandbox)))
+    assert "(HTTP 400), 3 s ago. Check client_id" in message
+
+
+def test_a_timeout_says_nothing_of_the_insides_of_others(driver: Driver, sandbox: NexusSandbox) -> None:
+    """Such as an address in memory, by which error trackers could not group it."""
+    sandbox.fail_token_requests(delay=5)
+    message = str(called(driver, sandbox, timeout=0.2, max_wait=0))
+    assert "imeout" in message
+    assert "scope" not in message
 
 
 # What the log tells

@@ -99,6 +99,28 @@ def test_a_lent_object_may_be_of_any_class(driver: Driver) -> None:
     assert lent.endings == []
 
 
+class Instrumented:
+    """A method as tools that observe an application wrap it: a descriptor, and no function."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+
+    def __get__(self, instance: Any, kind: Any) -> Any:
+        return functools.partial(self.method, instance) if instance is not None else self
+
+
+def test_a_method_that_is_wrapped_is_its_class_s_all_the_same(
+    driver: Driver, sandbox: NexusSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    lent = driver.client()
+    driver.on_response(lent, lambda response: seen.append(response.status_code))
+    kind = type(lent)
+    monkeypatch.setattr(kind, "send", Instrumented(kind.send))
+    assert driver.access_token(driver.auth(sandbox, **driver.lend(lent)))
+    assert seen == []  # its hooks have no part in a token request
+
+
 def with_settings(driver: Driver) -> Any:
     """Return a client with settings, none of which is for token requests."""
     lent = driver.client(("mine", "mine"))
@@ -151,7 +173,7 @@ def test_a_lent_client_that_is_closed_is_not_opened_again(driver: Driver, sandbo
 def test_a_client_of_the_other_kind_is_refused_though_the_token_is_there(driver: Driver, sandbox: NexusSandbox) -> None:
     assert driver.access_token(driver.auth(sandbox))
     lent = driver.library.AsyncClient(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-    with pytest.raises(TypeError, match="this call takes a client of kind Client; its auth was lent another"):
+    with pytest.raises(TypeError, match="takes a client of kind Client; its auth was lent one of kind AsyncClient"):
         driver.access_token(driver.auth(sandbox, client=lent))
 
 

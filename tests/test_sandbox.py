@@ -443,6 +443,21 @@ def test_wrong_arguments_are_named_at_once(nexus: NexusSandbox) -> None:
     assert (call(nexus, "/a").status, ask(nexus).status) == (401, 200)  # nothing of all that has been scripted
 
 
+def test_attributes_are_checked_as_arguments_are(nexus: NexusSandbox) -> None:
+    attributes = ("expires_in", "scopes", "limit", "api")
+    for kind, arguments in WRONG_ARGUMENTS.items():
+        wrong = {name: values for name, values in arguments.items() if name in attributes}
+        check_refused({kind: wrong}, lambda **one: setattr(nexus, *one.popitem()))
+    check_refused({TypeError: {"gate": [False, None]}}, lambda gate: setattr(nexus, "gate", gate))
+    with pytest.raises(AttributeError, match="a NexusSandbox has no attribute 'expire_in'"):
+        nexus.expire_in = 5  # type: ignore[attr-defined]
+    check_refused({TypeError: {"requests": ["1"], "token_requests": [None]}}, nexus.wait_for)
+    check_refused({ValueError: {"requests": [-1]}}, nexus.wait_for)
+    nexus.api = lambda _: Answer(404)
+    token = ask(nexus).json["access_token"]
+    assert call(nexus, "/a", Authorization=f"Bearer {token}").status == 404
+
+
 # HTTP
 
 

@@ -300,6 +300,9 @@ WRONG: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     (("id", f"{LEGIBLE}\n", TEST), {}),
     (("id", f"\udc80{LEGIBLE}", TEST), {}),
     (("id", LEGIBLE.encode(), TEST), {}),
+    (("id", (LEGIBLE,), TEST), {}),
+    (("id", {"secret": LEGIBLE}, TEST), {}),
+    (("id", bytearray(LEGIBLE, "ascii"), TEST), {}),
     (("id", LEGIBLE, TEST), {"scope": 7}),
     (("id", LEGIBLE, TEST), {"max_wait": -1}),
     (("id", LEGIBLE, TEST), {"store": 7}),
@@ -423,6 +426,32 @@ def test_frames_are_cleared_but_for_the_callers() -> None:
     frames = [frame for one in chain(raised.value) for frame, _ in traceback.walk_tb(one.__traceback__)]
     assert [frame.f_code.co_name for frame in frames][1:] == ["call", "exchange", "exchange", "send", "call", "send"]
     assert [frame.f_code.co_name for frame in frames if LEGIBLE in frame.f_locals.values()] == ["call", "call", "send"]
+
+
+class ErrorGroup(Exception):
+    """As `ExceptionGroup` of Python 3.11 has them."""
+
+    def __init__(self, *exceptions: object) -> None:
+        super().__init__("a group")
+        self.exceptions = exceptions
+
+
+def test_frames_of_causes_and_of_grouped_errors_are_cleared_too() -> None:
+    def send(secret: str) -> None:
+        raise KeyError
+
+    def raise_later(secret: str) -> None:
+        error, cause = outcome(send, secret), outcome(send, secret)
+        raise ErrorGroup(error, "no error") from cause
+
+    with pytest.raises(ErrorGroup) as raised, leaving_no_locals():
+        raise_later(LEGIBLE)
+    group = raised.value
+    for error in (group, group.__cause__, group.exceptions[0]):
+        assert isinstance(error, BaseException)
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        assert frame.f_code.co_name in ("send", "raise_later")
+        assert LEGIBLE not in frame.f_locals.values()
 
 
 class Interrupter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable
@@ -28,6 +29,7 @@ PERMIT: Asked = [("acquire", "quota", 72.1)]
 COUNTED: Asked = [("release", "quota", 60.1)]
 LAST_LOOK: Asked = [("get", "token", 0)]  # nobody ends without a look for a token
 TURN_BACK: Asked = [("release", "turn", 0)]
+NO_FAILURE: Asked = [("get", "failure", 0)]  # to put away, once there is a token
 
 
 class RecordingStore(MemoryStore):
@@ -115,7 +117,7 @@ def test_for_the_first_token(herd: Processes) -> None:
     assert isinstance(first, CallStore)
     assert first.limit == 10  # seconds to make the keys: a look takes two at most
     assert access_token(herd.call(credentials=one)) == "t1"
-    assert herd.store.asked() == [*LOOK, *PERMIT, ("put", "token", 90), *COUNTED, *TURN_BACK]
+    assert herd.store.asked() == [*LOOK, *PERMIT, ("put", "token", 90), *NO_FAILURE, *COUNTED, *TURN_BACK]
     assert access_token(herd.call(credentials=one)) == "t1"
     assert herd.store.asked() == []  # a token in hand costs nothing
 
@@ -138,7 +140,7 @@ def test_between_tries_the_turn_is_kept(herd: Processes) -> None:
     herd.then(response(503), token("t"))
     herd.call_of_another()
     kept: Asked = [("acquire", "turn", pytest.approx(11 + herd.sent[1], abs=0.01))]
-    told: Asked = [("put", "token", 3600), *COUNTED, *TURN_BACK]
+    told: Asked = [("put", "token", 3600), *NO_FAILURE, *COUNTED, *TURN_BACK]
     assert herd.store.asked() == [*LOOK, *PERMIT, *COUNTED, *kept, *LOOK, *PERMIT, *told]
 
 
@@ -201,6 +203,22 @@ def test_a_full_quota_is_waited_for(herd: Processes) -> None:
     assert access_token(caller.outcome) == "t1"
     assert herd.sent == [pytest.approx(100.5, abs=0.01)]
     assert set(caller.slept[:-1]) == {1}  # it looks every second, for a token of another process may come
+
+
+def test_a_token_ends_what_is_known_of_a_failure(herd: Processes) -> None:
+    herd.then(response(503), token("t1"), token("t2"))
+    assert isinstance(herd.call_of_another(max_wait=0), Raise)
+    assert access_token(herd.call_of_another()) == "t1"
+    assert access_token(herd.call_of_another(refused="t1", max_wait=0)) == "t2"
+
+
+def test_a_token_of_another_process_is_logged(herd: Processes, caplog: pytest.LogCaptureFixture) -> None:
+    herd.call_of_another()
+    caplog.set_level(logging.DEBUG, "nexus_auth")
+    herd.call_of_another()
+    (record,) = caplog.records
+    assert record.getMessage().endswith(": took a token of client 'abc' from the store, for 90 s")
+    assert vars(record)["seconds"] == 90
 
 
 def test_nothing_of_the_client_or_its_token_can_be_read(herd: Processes) -> None:

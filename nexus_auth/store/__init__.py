@@ -31,6 +31,10 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(homes[name], __name__), name)
 
 
+def __dir__() -> list[str]:
+    return __all__  # help() and completion know of what is loaded late, too
+
+
 class Store(Protocol):
     """What processes share: permits that run out by themselves, and values that do.
 

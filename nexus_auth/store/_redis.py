@@ -163,7 +163,7 @@ class _Connections:
         try:
             import redis  # late: it takes a while, and most have no use for it
         except ImportError as error:
-            raise ImportError("a store in Redis needs redis-py: pip install 'nexus-auth[redis]'") from error
+            raise ImportError("a store in Redis needs redis-py: pip install redis") from error
         import_module("encodings.idna")  # else the first connection imports it, and a fork may come between
         self._errors = (redis.RedisError, OSError)
         self._process = os.getpid()
