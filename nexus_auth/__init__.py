@@ -23,13 +23,23 @@ __all__ = ["PRODUCTION", "TEST", "Environment", "NexusAuth", "NexusAuthError", "
            "__version__", "forget_tokens", "nexus_session"]  # fmt: skip
 
 
+_HOMES = {"NexusAuth": ".requests", "nexus_session": ".requests", "forget_tokens": ".credentials"}
+
+
 def __getattr__(name: str) -> Any:
     # PEP 562: to import nexus_auth loads no HTTP library, to use it loads the one that is used.
-    homes = {"NexusAuth": ".requests", "nexus_session": ".requests", "forget_tokens": ".credentials"}
-    if name not in homes:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(homes[name], __name__), name)
+    try:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name != __name__ + _HOMES[name]:
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}: this copy has no door for requests")
 
 
 def __dir__() -> list[str]:
-    return __all__  # help() and completion know of what is loaded late, too
+    from importlib.util import find_spec
+
+    # help() and completion know of what is loaded late, too, unless it is not in this copy.
+    return [name for name in __all__ if name not in _HOMES or find_spec(_HOMES[name], __name__)]

@@ -169,8 +169,12 @@ class BaseAuth(ABC):
 
     def _reject(self, request: object) -> TypeError:
         """Return the error that tells the user of another library which auth to take."""
+        from importlib.util import find_spec  # late, for it is seldom needed
+
         own, other = (kind.__module__.partition(".")[0] for kind in (self._library_error, type(request)))
-        return TypeError(f"this NexusAuth is for {own}; for {other}: from {__package__}.{other} import NexusAuth")
+        has_door = other in ("requests", "httpx", "httpx2") and find_spec(f".{other}", __package__)
+        right = f"; for {other}: from {__package__}.{other} import NexusAuth" if has_door else f", not for {other}"
+        return TypeError(f"this NexusAuth is for {own}{right}")
 
     def _insistent_call(self, refused: str | None) -> Call:
         if refused is not None:

@@ -107,7 +107,7 @@ def waiting_for_the_store(driver: Driver, gated: GatedSandbox) -> Any:
 
 @contextmanager
 def raised_after(seconds: float, error: type[BaseException]) -> Generator[None, None, None]:
-    """Raise `error` from the handler of a timer's signal; a little later, if it comes where Python would ignore that."""
+    """Raise `error` from the handler of a timer's signal; a little later, where Python would ignore it."""
 
     def handle(_: int, frame: FrameType | None) -> None:
         assert frame is not None

@@ -161,7 +161,7 @@ class _Connections:
 
     def _set_up(self) -> None:
         try:
-            import redis  # late: it takes a while, and most have no use for it
+            redis: Any = import_module("redis")  # late: it takes a while, and who has no use for it need not have it
         except ImportError as error:
             raise ImportError("a store in Redis needs redis-py: pip install redis") from error
         import_module("encodings.idna")  # else the first connection imports it, and a fork may come between
@@ -203,16 +203,12 @@ class _Connections:
 
 def _client(url: HiddenText) -> Any:
     """Return a client of redis-py, which has not connected yet."""
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    pool_class: Any = redis.ConnectionPool  # is typed in one version, and not in another
-    pool = pool_class.from_url(
+    redis, backoff, retry = (import_module(name) for name in ("redis", "redis.backoff", "redis.retry"))
+    pool = redis.ConnectionPool.from_url(
         str(url),
         socket_connect_timeout=_TIMEOUT,
         socket_timeout=_TIMEOUT,
-        retry=Retry(NoBackoff(), 0),
+        retry=retry.Retry(backoff.NoBackoff(), 0),
         max_connections=2**31,  # one for each thread that is at it, however many
     )
     # Unlike one of `redis.Redis.from_url`, this client does not lock its pool when a child throws it away.
