@@ -36,7 +36,9 @@ class NexusAuth(HTTPXAuth[httpx2.Client | httpx2.AsyncClient], httpx2.Auth):
     `environment` is "test", "production" or an `Environment`; `scope` one string, scopes separated by spaces (RFC 6749
     section 3.3). In seconds: from `leeway` before expiry the token is renewed, never before half of its life is over;
     `timeout` is for one token request as a whole; `max_wait` is the longest that one call is held up for want of a
-    token. `client` is lent for token requests: its proxies, TLS settings and mounts apply, nothing else.
+    token. `store` is where processes and machines share the token and the quota: a folder, a URL of Redis, or a
+    `nexus_auth.store.Store`. `client` is lent for token requests: its proxies, TLS settings and mounts apply, nothing
+    else.
 
     Raises `TypeError` or `ValueError` for a wrong argument. Calls raise `TokenRequestError` or `TokenWaitError`, both
     `httpx2.RequestError` as well, or the connection error that httpx2 raised for the token request.

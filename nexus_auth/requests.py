@@ -57,9 +57,11 @@ class NexusAuth(BaseAuth, AuthBase):
     expires and when the API refuses it (401), and sent to the environment's own origin only.
 
     `environment` is "test", "production" or an `Environment`; `scope` one string, scopes separated by spaces (RFC 6749
-    section 3.3). In seconds: from `leeway` before expiry the token is renewed, never earlier than half of its life;
+    section 3.3). In seconds: from `leeway` before expiry the token is renewed, never before half of its life is over;
     `timeout` is for one token request as a whole; `max_wait` is the longest that one call is held up for want of a
-    token. `session` is lent for token requests: its proxies, TLS settings and mounts apply, nothing else.
+    token. `store` is where processes and machines share the token and the quota: a folder, a URL of Redis, or a
+    `nexus_auth.store.Store`. `session` is lent for token requests: its proxies, TLS settings and mounts apply, nothing
+    else.
 
     Raises `TypeError` or `ValueError` for a wrong argument. Calls raise `TokenRequestError` or `TokenWaitError`, both
     `requests.RequestException` as well, or the connection error that requests raised for the token request.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import pickle
 import re
@@ -14,6 +15,7 @@ import pytest
 from conftest import DRIVERS, INSTALLED, Driver, makers, outcome, url
 
 from nexus_auth import PRODUCTION, TEST, Environment, forget_tokens
+from nexus_auth.auth import AuthOptions
 from nexus_auth.testing import NexusSandbox
 from nexus_auth.value import replace
 
@@ -36,6 +38,36 @@ def test_every_door_checks_its_arguments(door: Any, argument: str, value: object
 def test_every_door_checks_its_timeout(door: Any) -> None:
     with pytest.raises(ValueError, match=r"^timeout must be more than 0 seconds"):
         door.NexusAuth(**RIGHT, timeout=0)
+
+
+def options_of(make: Callable[..., Any]) -> dict[str, Any]:
+    """Return the options that are texts and numbers, with their defaults."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(make).parameters.items()}
+    return {name: default for name, default in defaults.items() if type(default) in (str, int, float)}
+
+
+def test_every_option_is_checked_and_arrives(door: Any) -> None:
+    """Whatever options there are, wherever they can be given."""
+    for make in makers(door):
+        for name, default in options_of(make).items():
+            with pytest.raises(TypeError, match=f"^{name} must be"):
+                make(**RIGHT, **{name: object()})
+            value = f"other-{default}" if isinstance(default, str) else default + 1
+            made = make(**RIGHT, **{name: value})
+            auth = getattr(made, "auth", made)
+            assert {**vars(auth._client), **vars(auth._limits)}[name] == value
+
+
+def test_every_option_is_described_and_typed(door: Any) -> None:
+    auth, *factories = makers(door)
+    options = set(inspect.signature(auth).parameters) - set(RIGHT)
+    for name in ("environment", *options):
+        assert f"`{name}`" in str(auth.__doc__)
+    assert options <= set(AuthOptions.__annotations__)
+    typed = door.SessionOptions if hasattr(door, "SessionOptions") else door.FactoryOptions
+    for factory in factories:
+        found = set(inspect.signature(factory).parameters) - set(RIGHT) - {"client_options"}
+        assert found <= set(typed.__annotations__)
 
 
 @pytest.mark.parametrize("argument", ["client_id", "client_secret", "scope"])
@@ -87,8 +119,7 @@ def test_what_is_lent_is_of_the_right_library(doors: list[Driver], sandbox: Nexu
 
 def test_arguments_cannot_be_assigned() -> None:
     """It would do nothing; so it says so."""
-    names = ["client_id", "client_secret", "environment", "scope", "leeway", "timeout", "max_wait", "store", "session",
-             "client"]  # fmt: skip
+    names = [*inspect.signature(NexusAuth).parameters, "session", "client"]
     auth = NexusAuth(**RIGHT)
     for one, name in itertools.product((auth, copy.copy(auth), pickle.loads(pickle.dumps(auth))), names):
         with pytest.raises(AttributeError, match=f"^{name} of a NexusAuth stays as it is: make another NexusAuth"):

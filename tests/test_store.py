@@ -881,8 +881,8 @@ def test_any_bit_that_is_flipped_or_cut_off_leaves_nothing(seal: Seal) -> None:
 
 def test_a_seal_shows_nothing_and_does_not_travel(seal: Seal) -> None:
     for _ in range(2):
-        for value in vars(CLIENT).values():
-            assert str(value) not in f"{seal!r} {vars(seal)}"
+        for value in filter(None, map(str, vars(CLIENT).values())):
+            assert value not in f"{seal!r} {vars(seal)}"
         seal.name("token")  # makes the keys
     for call in (pickle.dumps, copy.deepcopy):
         with pytest.raises(TypeError, match="not pickled"):

@@ -49,8 +49,14 @@ def test_a_value_does_not_change() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [((), {}), ((), {"y": 1.0}), ((1.0, 2.0, "", ""), {}), ((1.0,), {"z": 1.0}), ((), {"y": 1.0, "z": 1.0}),
-     ((1.0,), {"x": 1.0})],
+    [
+        ((), {}),
+        ((), {"y": 1.0}),
+        ((1.0, 2.0, "", ""), {}),
+        ((1.0,), {"z": 1.0}),
+        ((), {"y": 1.0, "z": 1.0}),
+        ((1.0,), {"x": 1.0}),
+    ],
 )
 def test_a_value_takes_its_fields_and_nothing_else(arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="Point takes x, y, secret"):
