@@ -48,6 +48,7 @@ STORE_LIMIT = 2.0  # seconds for one look into a store, which counts as out of o
 STORE_TIME = 2 * STORE_LIMIT  # seconds that may pass with a store between the turn and the token request
 PREPARE_LIMIT = 10.0  # seconds for the keys to what is in it, which takes so long only beside many other processes
 AHEAD_PAUSE = 1.0  # seconds without a renewal ahead of expiry, while another caller makes one
+LONG_WAIT = 1.0  # seconds; a longer one is logged as a warning
 TURN_MARGIN = 1.0  # seconds that a turn lasts longer than its token request should
 KEPT_REFUSED = 8  # access tokens that the API has refused last
 KEPT = 1024  # API clients whose token is kept while no auth object holds it
@@ -78,7 +79,7 @@ class Attempt:
         self.busy_answers: int = 0
         self.sends_at: float = 0.0  # no token request before this moment
         self.reason: str = ""  # why not
-        self.announced: str = ""  # what was last logged as waited for
+        self.announced: dict[str, int] = {}  # what was logged as waited for, and at which level
         self.permit: str = new_owner()  # owner of the permit of the next token request
         self.is_sent: bool = False  # that request, which may arrive from then on
         self.has_shared_turn: bool = False
@@ -398,15 +399,16 @@ class Credentials:
         return answer  # type: ignore[no-any-return]
 
     def _announce(self, wait: Wait, call: Call, attempt: Attempt, now: float) -> None:
-        """Log what is waited for, once; what may be over at any moment, when it has taken more than a second."""
+        """Log what is waited for, once at each level; what may be over at any moment, once it has taken a second."""
         message, seconds = "%s %s: the next may go in %.1f s", wait.until - now
         if seconds <= 0:
             message, seconds = "%s %s: waited for %.1f s so far", now - call.begun_at
-        is_long = seconds > 1
-        if wait.reason == attempt.announced or (wait.until <= now and not is_long):
+            if seconds <= LONG_WAIT:
+                return
+        level = logging.WARNING if seconds > LONG_WAIT else logging.DEBUG
+        if level <= attempt.announced.get(wait.reason, logging.NOTSET):
             return
-        attempt.announced = wait.reason
-        level = logging.WARNING if is_long else logging.DEBUG
+        attempt.announced[wait.reason] = level
         fields = {**self._log_fields, "seconds": round(seconds, 3)}
         logger.log(level, message, self._name, wait.reason, seconds, extra=fields)
 
@@ -443,7 +445,7 @@ class Credentials:
             return self._change(lambda known: failed(known, fault, call, now, out_of_time=is_late)).failure
         attempt.sends_at, attempt.reason = now + pause.within(left), fault.reason
         if pause.least <= left:  # else Retry-After is too long for this caller, which is told so next
-            attempt.announced = fault.reason
+            attempt.announced[fault.reason] = logging.WARNING
             seconds = attempt.sends_at - now
             fields = {**self._log_fields, "seconds": round(seconds, 3)}
             logger.warning("%s %s: the next try is in %.1f s", self._name, fault.reason, seconds, extra=fields)

@@ -129,9 +129,9 @@ def judge(answer: Response | Failed, client: Client, wall_clock: float) -> Grant
             library_error=answer.error_name,
             timed_out=answer.timed_out,
         )
-    document = _members(answer.body)
+    document = _json_object(answer.body)
     members = document or {}
-    kind, reason, advice = _complaint(answer, members, client, is_object=document is not None)
+    kind, reason, advice = _complaint(answer, document, client)
     if kind is None:
         return Grant(_parsed_access_token(client, members), _lifetime(members.get("expires_in")))
     return Fault(
@@ -145,10 +145,9 @@ def judge(answer: Response | Failed, client: Client, wall_clock: float) -> Grant
     )
 
 
-def _complaint(
-    answer: Response, members: dict[str, Any], client: Client, *, is_object: bool
-) -> tuple[FaultKind | None, str, str]:
+def _complaint(answer: Response, document: dict[str, Any] | None, client: Client) -> tuple[FaultKind | None, str, str]:
     """Return what is wrong with `answer`, in words, and what to do; no kind if nothing is."""
+    members = document or {}
     status, access_token = answer.status_code, members.get("access_token")
     error = _shown_error(members.get("error"), client)
     description = _shown(members.get("error_description"), client)
@@ -171,7 +170,7 @@ def _complaint(
         return FaultKind.ODD_ANSWER, "gave neither a token nor an OAuth error", try_later
     if answer.body is None:
         return FaultKind.ODD_ANSWER, f"gave an answer longer than {MAX_BODY} bytes", try_later
-    if not is_object:
+    if document is None:
         return FaultKind.ODD_ANSWER, "gave an answer that is no JSON object", try_later
     if not isinstance(access_token, str) or not re.fullmatch(r"[\x21-\x7e]+", access_token):  # RFC 6749 appendix A.12
         return FaultKind.ODD_ANSWER, "gave no usable access_token", try_later
@@ -180,7 +179,7 @@ def _complaint(
     return None, "", ""
 
 
-def _members(body: bytes | None) -> dict[str, Any] | None:
+def _json_object(body: bytes | None) -> dict[str, Any] | None:
     """Return the members of a JSON object; None if it is none."""
     with contextlib.suppress(ValueError, RecursionError):  # no JSON
         document: Any = json.loads(body or b"")

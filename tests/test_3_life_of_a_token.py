@@ -540,7 +540,7 @@ def test_what_the_log_says_of_the_life_of_a_token(caplog: pytest.LogCaptureFixtu
 
 def test_what_is_waited_for_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "nexus_auth")
-    herd = Herd(token("t", takes=5))
+    herd = Herd(token("t"))
     herd.endpoint.close(herd.clock() + 0.98765)
     herd.start(max_wait=0.98765)
     herd.start()
@@ -554,14 +554,15 @@ def test_what_is_waited_for_is_logged_once(caplog: pytest.LogCaptureFixture) -> 
 
 def test_a_long_token_request_of_another_caller_is_logged_by_who_waits(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "nexus_auth")
-    herd = Herd(token("t", takes=0.9), token("t2", takes=5))
+    herd = Herd(token("t", takes=0.9), response(503), token("t2", takes=5))
     for refused in (None, "t"):
         herd.start(refused)
         herd.start(refused)
         herd.run()
-    (record,) = [record for record in caplog.records if "another caller" in record.getMessage()]
-    assert record.levelname == "WARNING"
-    assert record.getMessage().startswith(f"{ENDPOINT} is being asked for another caller: waited for 1.")
+    before, later = [record for record in caplog.records if "another caller" in record.getMessage()]
+    assert (before.levelname, later.levelname) == ("DEBUG", "WARNING")
+    assert before.getMessage().startswith(f"{ENDPOINT} is being asked for another caller: the next may go in 0.")
+    assert later.getMessage().startswith(f"{ENDPOINT} is being asked for another caller: waited for 1.")
 
 
 @pytest.mark.parametrize(("now", "left"), [(NOW, 600), (NOW + 599, 1), (NOW + 600, 0), (NOW + 601, 0)])
