@@ -75,6 +75,19 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(nexus_auth, "nexus_async_client")
 
 
+def test_the_names_of_a_door_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vendored copy may lack it; with the door alone, its library may be missing."""
+    for module, kind, words in (
+        ("nexus_auth.requests", AttributeError, "this copy has no door for requests"),
+        ("requests", ModuleNotFoundError, "nexus_auth.requests needs requests: pip install requests"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "nexus_auth.requests", raising=False)
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(kind, match=words):
+                nexus_auth.NexusAuth  # noqa: B018
+
+
 def defaults(function: Any) -> dict[str, Any]:
     """Return the defaults of the parameters of `function`."""
     return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
