@@ -21,10 +21,11 @@ class State(Enum):
     REFUSED = "refused"  # by the API, with a 401
 
 
-class Token(Value, hidden={"access_token"}):
+class Token(Value, hidden={"access_token", "authorization"}):
     """An access token, which expires at `expires_at` and was here at `arrived_at`."""
 
     access_token: str
+    authorization: str  # the value of that header (RFC 6750 section 2.1), made once since each call wants it
     expires_at: float
     half_life: float  # the moment when half of the lifetime is over
     arrived_at: float
@@ -32,12 +33,8 @@ class Token(Value, hidden={"access_token"}):
     @classmethod
     def granted(cls, access_token: str, lifetime: float, asked_at: float, arrived_at: float) -> Token:
         """Return a token that lives `lifetime` seconds (infinite: until the API refuses it) from `asked_at` on."""
-        return cls(access_token, asked_at + lifetime, asked_at + lifetime / 2, arrived_at)
-
-    @property
-    def authorization(self) -> str:
-        """The value of the Authorization header (RFC 6750 section 2.1)."""
-        return f"Bearer {self.access_token}"
+        half_life = asked_at + lifetime / 2
+        return cls(access_token, f"Bearer {access_token}", asked_at + lifetime, half_life, arrived_at)
 
     @property
     def lifetime(self) -> float:

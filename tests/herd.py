@@ -25,6 +25,7 @@ from nexus_auth.secret import HiddenText
 from nexus_auth.shared import Shared
 from nexus_auth.steps import CallStore, Client, Failed, Response, SendTokenRequest, Sleep, Steps
 from nexus_auth.store import Store
+from nexus_auth.token import Token
 
 CLIENT = Client("https://id.example/connect/token", "abc", HiddenText("s3cret"), "api1")
 NOW = 1000.0  # when a table is looked at
@@ -70,6 +71,11 @@ def a_call(**fields: Any) -> Call:
     """Return a call that begins to wait at `NOW`, for the tables."""
     fields.setdefault("begun_at", NOW)
     return Call(limits(), **fields)
+
+
+def a_token(access_token: str, expires_at: float, half_life: float, arrived_at: float) -> Token:
+    """Return a token in whatever state."""
+    return Token(access_token, f"Bearer {access_token}", expires_at, half_life, arrived_at)
 
 
 def access_token(decision: Decision | None) -> str:

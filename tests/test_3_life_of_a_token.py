@@ -19,6 +19,7 @@ from herd import (
     Answer,
     Herd,
     a_call,
+    a_token,
     access_token,
     response,
     retry_after,
@@ -36,9 +37,9 @@ from nexus_auth.testing import NexusSandbox
 from nexus_auth.token import Token
 from nexus_auth.value import replace
 
-FRESH = Token("fresh", expires_at=NOW + 600, half_life=NOW - 1, arrived_at=NOW - 9)
-STALE = Token("stale", expires_at=NOW + 30, half_life=NOW - 1, arrived_at=NOW - 9)
-EXPIRED = Token("expired", expires_at=NOW, half_life=NOW - 5, arrived_at=NOW - 9)
+FRESH = a_token("fresh", expires_at=NOW + 600, half_life=NOW - 1, arrived_at=NOW - 9)
+STALE = a_token("stale", expires_at=NOW + 30, half_life=NOW - 1, arrived_at=NOW - 9)
+EXPIRED = a_token("expired", expires_at=NOW, half_life=NOW - 5, arrived_at=NOW - 9)
 REFUSED = Failure(Fault(FaultKind.REFUSED, "", ""), timeout=10, max_wait=75, met_at=NOW - 1, memory=10)
 
 
@@ -65,7 +66,7 @@ def test_freshness(age: float, leeway: float, is_fresh: bool) -> None:
 
 def test_a_token_is_as_old_as_its_request() -> None:
     granted = Token.granted("t", 1000, asked_at=50, arrived_at=60)
-    assert granted == Token("t", expires_at=1050, half_life=550, arrived_at=60)
+    assert granted == a_token("t", expires_at=1050, half_life=550, arrived_at=60)
     assert (granted.lifetime, granted.authorization) == (1000, "Bearer t")
     assert "'t'" not in repr(granted)
 
@@ -162,7 +163,7 @@ def test_a_turn_of_steps_that_were_broken_off_is_free() -> None:
 
 def test_the_first_caller_fetches() -> None:
     herd = Herd(token("t", takes=0.25))
-    assert herd.call() == Use(Token("t", expires_at=4600, half_life=2800, arrived_at=1000.25))
+    assert herd.call() == Use(a_token("t", expires_at=4600, half_life=2800, arrived_at=1000.25))
     assert herd.sent == [0]
     assert (herd.requests[0].timeout, herd.requests[0].left) == (10, 75)
     assert herd.requests[0].client is herd.credentials.client

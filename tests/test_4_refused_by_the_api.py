@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import BLOCKING, INSTALLED, Driver, Log, Reply, outcome, statuses, url
-from herd import CLIENT, NO_ROUTE, NOW, SILENCE, Herd, a_call, access_token, limits, response, token, tokens
+from herd import CLIENT, NO_ROUTE, NOW, SILENCE, Herd, a_call, a_token, access_token, limits, response, token, tokens
 
 from nexus_auth.credentials import Credentials
 from nexus_auth.grant import Fault, FaultKind
@@ -37,10 +37,10 @@ from nexus_auth.testing import NexusSandbox
 from nexus_auth.token import Token
 from nexus_auth.value import replace
 
-OLD = Token("old", expires_at=NOW + 600, half_life=NOW + 60, arrived_at=NOW - 9)
-NEW = Token("new", expires_at=NOW + 3600, half_life=NOW + 1800, arrived_at=NOW)
-STALE = Token("stale", expires_at=NOW + 30, half_life=NOW - 1, arrived_at=NOW - 9)
-EXPIRED = Token("old", expires_at=NOW - 1, half_life=NOW - 60, arrived_at=NOW - 99)
+OLD = a_token("old", expires_at=NOW + 600, half_life=NOW + 60, arrived_at=NOW - 9)
+NEW = a_token("new", expires_at=NOW + 3600, half_life=NOW + 1800, arrived_at=NOW)
+STALE = a_token("stale", expires_at=NOW + 30, half_life=NOW - 1, arrived_at=NOW - 9)
+EXPIRED = a_token("old", expires_at=NOW - 1, half_life=NOW - 60, arrived_at=NOW - 99)
 FAULT = Fault(FaultKind.UNREACHABLE, "", "")
 FAILURE = Failure(FAULT, timeout=10, max_wait=75, met_at=NOW - 1, memory=2)
 

@@ -20,6 +20,7 @@ from herd import (
     Answer,
     Herd,
     a_call,
+    a_token,
     access_token,
     limits,
     response,
@@ -31,7 +32,6 @@ from nexus_auth.grant import Fault, FaultKind, Pause, judge, pause_after
 from nexus_auth.known import Call, Failure, Fetch, Known, Raise, TooLong, Use, decide, failed
 from nexus_auth.steps import Failed, Response
 from nexus_auth.testing import NexusSandbox
-from nexus_auth.token import Token
 from nexus_auth.value import replace
 
 REFUSED, ODD_ANSWER, BUSY, UNAVAILABLE, UNREACHABLE = FaultKind
@@ -182,7 +182,7 @@ def test_a_failure_is_remembered_for_longer_each_time(faults: list[FaultKind], m
 
 
 def test_a_failure_is_remembered_with_the_limits_of_the_one_who_met_it() -> None:
-    fault, call, token_ = a_fault(), a_call(spent=15), Token("t", NOW, NOW, NOW)
+    fault, call, token_ = a_fault(), a_call(spent=15), a_token("t", NOW, NOW, NOW)
     known = Known(token_)
     assert failed(known, fault, call, NOW) == Known(token_, Failure(fault, 10, 60, NOW, 2), NOW + 2)
     ahead = failed(known, fault, call, NOW, budget=0.0).failure
