@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from importlib.util import find_spec
+    from .late_import import has_module
 
     # help() and completion know of what is loaded late, too, unless it is not in this copy.
-    return [name for name in __all__ if name not in _HOMES or find_spec(_HOMES[name], __name__)]
+    return [name for name in __all__ if name not in _HOMES or has_module(__name__ + _HOMES[name])]

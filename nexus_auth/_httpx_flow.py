@@ -12,7 +12,7 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypedDict, TypeVar
 
-from .auth import BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env
+from .auth import REPEATABLE, BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env
 from .environment import Environment
 from .event_loop import anyio, here, in_own_thread
 from .grant import HEADERS, authlib_client, form, logger, unpacked, user_agent
@@ -53,7 +53,7 @@ class FactoryOptions(ClientOptions, total=False):
 
 
 class HTTPXAuth(BaseAuth, Generic[C]):
-    """The `NexusAuth` of both libraries; `library` is the one that it signs for."""
+    """The `NexusAuth` of both libraries; `_library` is the one that it signs for."""
 
     _library: ClassVar[Any]
 
@@ -255,14 +255,15 @@ class HTTPXAuth(BaseAuth, Generic[C]):
 
     def _own_client(self, kind: Any) -> Any:
         """Return a client for one token request. Plain http is loopback: no proxy leads there, and it needs no TLS."""
-        kind = _preparing_no_redirect(kind)
-        if self.environment.token_endpoint.lower().startswith("http:"):
-            return kind(verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), trust_env=False)
-        return kind()
+        is_plain = self.environment.token_endpoint.lower().startswith("http:")
+        options = {"verify": ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), "trust_env": False} if is_plain else {}
+        return _preparing_no_redirect(kind(**options))
 
     def _failed(self, error: Exception) -> Failed:
         failed = super()._failed(error)
-        return replace(failed, text="timed out") if failed.timed_out else failed  # what anyio says tells of itself
+        if failed.timed_out and error.__cause__ is not None:
+            return replace(failed, text="timed out")  # what the libraries have from anyio tells of its insides
+        return failed
 
     def _check_kind(self, kind: Any) -> None:
         """Raise an error if a client is lent that is closed, or not of the `kind` that a call takes."""
@@ -288,7 +289,7 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         # There is no public way to the transport that a client takes for a URL: its mounts and proxies choose it.
         transport = lent._transport_for_url(self._library.URL(self.environment.token_endpoint))
         is_the_librarys = type(transport).__module__.partition(".")[0] == self._library.__name__
-        client = _preparing_no_redirect(kind)(transport=transport, trust_env=False)
+        client = _preparing_no_redirect(kind(transport=transport, trust_env=False))
         return Sender(client.send, may_repeat=not is_the_librarys)
 
     def _body(self, response: Any, deadline: float) -> bytes | None:
@@ -324,13 +325,13 @@ class HTTPXAuth(BaseAuth, Generic[C]):
         return unpacked(bytes(body), response.headers.get("Content-Encoding", ""))
 
 
-@functools.lru_cache
-def _preparing_no_redirect(kind: Any) -> Any:
-    """Return a subclass of a client. Both libraries prepare even redirects that are not followed; odd ones raise."""
-    return type(kind.__name__, (kind,), {"_build_redirect_request": _same_request})
+def _preparing_no_redirect(client: Any) -> Any:
+    """Return `client`, changed: both libraries prepare even redirects that are not followed, and odd ones raise."""
+    client._build_redirect_request = _same_request
+    return client
 
 
-def _same_request(_client: Any, request: Any, _response: Any) -> Any:
+def _same_request(request: Any, _response: Any) -> Any:
     return request
 
 
@@ -379,7 +380,7 @@ def _positions(stream: Any, library: Any) -> Positions | None:
     attributes: dict[str, Any] = stream.__dict__
     sources = [getattr(field, "file", b"") for field in attributes.get("fields", ())] or attributes.values()
     try:
-        return tuple((source, source.tell()) for source in sources if not isinstance(source, (bool, Sequence)))
+        return tuple((source, source.tell()) for source in sources if not isinstance(source, (bool, *REPEATABLE)))
     except (AttributeError, OSError, ValueError):
         return None
 

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, MappingView, Sequence, Set
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar
 
@@ -18,8 +18,9 @@ from .environment import Environment
 from .errors import TokenRequestError, TokenWaitError
 from .grant import Fault, logger
 from .known import Call, Decision, Failure, GiveUp, Limits, Raise, TooLong, Use
+from .late_import import has_module
 from .quota import Place
-from .secret import HiddenText, NotText, hidden, hidden_secret
+from .secret import HiddenText, NotText, hidden
 from .steps import CallStore, Client, Failed, Response, SendTokenRequest, Sleep, Steps
 from .threads import result_of, start_thread
 from .token import Token
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 A = TypeVar("A", bound="BaseAuth")
 T = TypeVar("T")
 MAX_SECONDS = 1e9  # of an argument
+REPEATABLE = (Sequence, Set, MappingView)  # bodies that can be read again and again; others may only look so
 
 
 class AuthOptions(TypedDict, total=False):
@@ -51,7 +53,7 @@ class AuthOptions(TypedDict, total=False):
 class BaseAuth(ABC):
     """The arguments of a `NexusAuth`, checked, and the credentials that it shares with others of its kind.
 
-    `environment` and `client_id` can be read; the secret is shown nowhere. An auth object does not change.
+    `environment` and `client_id` can be read; the secret is shown nowhere. The arguments stay as they are.
     """
 
     environment: Environment
@@ -78,7 +80,6 @@ class BaseAuth(ABC):
         store: "StoreArgument | None",
         lent: Any,
     ) -> None:
-        client_secret = hidden_secret(client_secret)
         for name, text in (("client_id", client_id), ("client_secret", client_secret), ("scope", scope)):
             _check_text(name, text)
         for name, seconds in (("leeway", leeway), ("timeout", timeout), ("max_wait", max_wait)):
@@ -169,10 +170,8 @@ class BaseAuth(ABC):
 
     def _reject(self, request: object) -> TypeError:
         """Return the error that tells the user of another library which auth to take."""
-        from importlib.util import find_spec  # late, for it is seldom needed
-
         own, other = (kind.__module__.partition(".")[0] for kind in (self._library_error, type(request)))
-        has_door = other in ("requests", "httpx", "httpx2") and find_spec(f".{other}", __package__)
+        has_door = other in ("requests", "httpx", "httpx2") and has_module(f"{__package__}.{other}")
         right = f"; for {other}: from {__package__}.{other} import NexusAuth" if has_door else f", not for {other}"
         return TypeError(f"this NexusAuth is for {own}{right}")
 
@@ -240,8 +239,8 @@ class BaseAuth(ABC):
         """Return a new error that tells of `failure`: none is to be raised in several threads."""
         fault = failure.fault
         if failure.out_of_time:
-            return self._wait_error(fault.reason, failure.until - time.monotonic())
-        seconds = time.monotonic() - failure.met_at
+            return self._wait_error(fault.reason, failure.until - self._credentials.clock())
+        seconds = self._credentials.clock() - failure.met_at
         remembered = f", {seconds:.0f} s ago" if seconds >= 1 else ""  # maybe of another client, with other proxies
         message = f"{self.environment} {fault.reason}{remembered}. {fault.advice}"
         if fault.library_error is not None:
@@ -307,8 +306,14 @@ def own_send(lent: Any) -> Any:
     send, kind = lent.send, lent.__class__
     if getattr(send, "__func__", None) is kind.send:
         return None  # without `vars`: CPython looks up attributes more slowly once an object's __dict__ was asked for
-    is_method = hasattr(inspect.getattr_static(kind, "send"), "__get__")  # of whatever kind; a mock has none
+    # A method of whatever kind has __get__, and a mock has not, be it the lent object or the method of its class.
+    is_method = hasattr(inspect.getattr_static(_real_class(lent), "send", None), "__get__")
     return None if is_method and "send" not in vars(lent) else send
+
+
+def _real_class(thing: object) -> type:
+    """Return the class of `thing`, where a mock pretends another by its `__class__`."""
+    return type(thing)
 
 
 def travelling(thing: T, name: str) -> T | None:

@@ -103,7 +103,7 @@ class Credentials:
         self._refused: tuple[str, ...] = ()  # access tokens, the last ones; one may be in a store that was out of order
         self._endpoint = endpoint
         self._shared = shared
-        self._clock = clock
+        self.clock = clock
         self._wall_clock = wall_clock
         self.free_turns()
 
@@ -128,12 +128,12 @@ class Credentials:
     def fresh_token(self, leeway: float) -> Token | None:
         """Return the token, if it is fresh."""
         token = self.known.token
-        return token if token is not None and token.is_fresh(self._clock(), leeway) else None
+        return token if token is not None and token.is_fresh(self.clock(), leeway) else None
 
     def seconds_left(self) -> float:
         """Return the seconds that the token has to live, 0 if there is none."""
         token = self.known.token
-        return max(0.0, token.expires_at - self._clock()) if token is not None else 0.0
+        return max(0.0, token.expires_at - self.clock()) if token is not None else 0.0
 
     def obtain(self, call: Call, place: Place, refused: str | None = None) -> Steps[Decision]:
         """Return the steps to a token for `call`, other than the access token `refused` of a 401.
@@ -164,7 +164,7 @@ class Credentials:
 
     def _judge(self, access_token: str, status_code: int | None, *, of_replay: bool) -> None:
         was_on_trial = self.known.renewals.on_trial == access_token
-        known = self._change(lambda known: judged(known, access_token, status_code, self._clock(), of_replay=of_replay))
+        known = self._change(lambda known: judged(known, access_token, status_code, self.clock(), of_replay=of_replay))
         is_judged = was_on_trial and known.renewals.on_trial != access_token
         if status_code == 401 and is_judged:
             advice = "Check base_url, and what this client may do."
@@ -182,12 +182,12 @@ class Credentials:
                     return after
 
     def _obtain(self, call: Call, attempt: Attempt) -> Steps[Decision]:
-        call.begun_at = self._clock()
+        call.begun_at = self.clock()
         try:
             decision = yield from self._approach(call, attempt)
             if self._shared is not None and not isinstance(decision, Use):
                 yield from self._look_for_token(self._shared, call, attempt)
-                decision = _use_if_possible(decide(self.known, self._clock(), call, attempt.refused)) or decision
+                decision = _use_if_possible(decide(self.known, self.clock(), call, attempt.refused)) or decision
             if attempt.has_shared_turn and self._shared is not None and attempt.turn.is_of(attempt.steps):
                 shared = self._shared
                 yield from self._in_store(lambda: shared.give_back_turn(attempt.turn.owner), False)
@@ -201,12 +201,12 @@ class Credentials:
             self._endpoint.leave_line(attempt.permit)
             if not attempt.is_sent:
                 self._endpoint.give_back(attempt.permit)
-            call.spent += self._clock() - call.begun_at
+            call.spent += self.clock() - call.begun_at
 
     def _approach(self, call: Call, attempt: Attempt) -> Steps[Decision]:
         """Yield one step after the other towards a token: decide, then send a token request or wait, and again."""
         while True:
-            known, now = self.known, self._clock()
+            known, now = self.known, self.clock()
             decision = decide(known, now, call, attempt.refused)
             if isinstance(decision, Fetch):
                 wait = yield from self._clearance(call, attempt, known, decision.fallback)
@@ -220,7 +220,7 @@ class Credentials:
                 return decision
             if wait is LOOK_AGAIN or self.known is not known:
                 continue  # nobody waits or gives up without a look at what others have brought meanwhile
-            now = self._clock()
+            now = self.clock()
             if end := self._instead_of(wait, decision, call, attempt, now):
                 return end
             self._announce(wait, call, attempt, now)
@@ -255,7 +255,7 @@ class Credentials:
 
     def _is_outdated(self, known: Known, call: Call) -> bool:
         """Tell whether the decision to fetch, made of what was `known`, no longer stands once the store was asked."""
-        now = self._clock()
+        now = self.clock()
         return self.known is not known or self._endpoint.closed_until > now or call.is_spent(now)
 
     def _give_back_permit(self, shared: Shared, attempt: Attempt) -> Steps[None]:
@@ -270,7 +270,7 @@ class Credentials:
 
     def _turn(self, call: Call, attempt: Attempt) -> Wait | None:
         """Return the wait for this process's turn to fetch; None: it is that of `call`, and no pause is in its way."""
-        now = self._clock()
+        now = self.clock()
         pause = self._pause(call, attempt, now)
         if pause and pause.until > call.deadline:
             return pause  # whoever fetches: it is told at once
@@ -297,12 +297,12 @@ class Credentials:
         """Return the wait for the turn that processes share, after a look at what they have left; None: it is ours."""
 
         def concerns(failure: Failure) -> bool:
-            return fallback is not None or failure.holds_for(call, self._clock())
+            return fallback is not None or failure.holds_for(call, self.clock())
 
         familiar = yield from self._familiar(shared)
         look = functools.partial(shared.look, attempt.turn.owner, call.limits.timeout + TURN_MARGIN, familiar, concerns)
         news: News | None = yield from self._in_store(look, None)
-        now = self._clock()
+        now = self.clock()
         if news is None:
             return None
         if news.token is not None:
@@ -338,7 +338,7 @@ class Credentials:
 
     def _land_shared(self, token: Token, call: Call, attempt: Attempt) -> None:
         """Keep a token of another process; only a call that has looked in vain before has waited for it."""
-        now = self._clock()
+        now = self.clock()
         if attempt.shared_looks:
             token = replace(token, arrived_at=now)
         self._change(lambda known: landed(known, token, call, now, attempt.refused))
@@ -351,14 +351,14 @@ class Credentials:
 
     def _permit(self, call: Call, attempt: Attempt) -> Steps[Wait | None]:
         """Return the wait for a permit of the quota; None: one is held."""
-        now, look, hold = self._clock(), LOOK, call.limits.timeout + KEEP
+        now, look, hold = self.clock(), LOOK, call.limits.timeout + KEEP
         if self._shared is not None:
             hold += STORE_LIMIT  # that may pass between the permit and the token request
         seconds = self._endpoint.acquire(attempt.permit, hold, now)
         if seconds <= 0 and self._shared is not None:
             acquire = functools.partial(self._shared.acquire, attempt.permit, hold)
             seconds = yield from self._in_store(acquire, 0.0)
-            now, look = self._clock(), SHARED_LOOK
+            now, look = self.clock(), SHARED_LOOK
             if seconds > 0:
                 self._endpoint.give_back(attempt.permit)
         if seconds <= 0:
@@ -368,11 +368,11 @@ class Credentials:
 
     def _fetch(self, call: Call, attempt: Attempt, *, ahead: bool) -> Steps[None]:
         """Send a token request, and keep what the answer says."""
-        asked_at = self._clock()
+        asked_at = self.clock()
         call.token_requests += 1
         attempt.is_sent = True
         answer = yield SendTokenRequest(self.client, call.limits.timeout, call.deadline - asked_at)
-        now = self._clock()
+        now = self.clock()
         self._endpoint.answered(attempt.permit, now)
         verdict = judge(answer, self.client, self._wall_clock())
         if isinstance(verdict, Grant):

@@ -1,11 +1,19 @@
-"""Modules that are imported when they are first used, since they take long and many need none of them."""
+"""Modules that are imported when they are first used, since they take long and many need none of them, or lack one."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 import threading
+from importlib.machinery import PathFinder
 from typing import Any
+
+
+def has_module(name: str) -> bool:
+    """Tell whether a package that is imported has a module of that whole name: a vendored copy may lack a door."""
+    package = sys.modules[name.rpartition(".")[0]]
+    return PathFinder.find_spec(name, package.__path__) is not None
 
 
 class LateImport:

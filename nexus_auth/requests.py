@@ -7,7 +7,7 @@ import json
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, overload
 
@@ -24,7 +24,7 @@ except ModuleNotFoundError as _missing:
     raise ModuleNotFoundError(f"{__name__} needs requests: pip install requests") from _missing
 
 from . import errors
-from .auth import BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env, travelling
+from .auth import REPEATABLE, BaseAuth, credentials_or_env, merged_cookies, own_send, store_from_env, travelling
 from .credentials import Credentials
 from .environment import Environment
 from .grant import HEADERS, form, unpacked, user_agent
@@ -122,7 +122,9 @@ class NexusAuth(BaseAuth, AuthBase):
             call = Call(self._limits)
             token = self._token(self._obtain(call), request)
             return _Signature(token, self._credentials, self._limits, self._mended, call)
-        signature = self._signature = _Signature(token, self._credentials, self._limits, self._mended)
+        # A copy mends: the auth and what it is lent would not be freed at once if its signature held it.
+        mended = copy.copy(self)._mended
+        signature = self._signature = _Signature(token, self._credentials, self._limits, mended)
         return signature
 
     def _mended(
@@ -293,7 +295,7 @@ def _replay_of(refused: requests.Response, token: Token) -> requests.PreparedReq
 def _rewound(request: requests.PreparedRequest) -> bool:
     """Tell whether the body of `request` can be sent again whole, and set a file back to where it stood."""
     body = request.body
-    if body is None or isinstance(body, Sequence):
+    if body is None or isinstance(body, REPEATABLE):
         return True
     try:
         rewind_body(request)
@@ -308,7 +310,7 @@ class _Signature:
     An auth makes one for each token, since one for each request would be a third of what it adds to a call.
     """
 
-    __slots__ = ("_call", "_credentials", "_fresh_until", "_mended", "_token", "authorization")
+    __slots__ = ("_call", "_clock", "_credentials", "_fresh_until", "_mended", "_token", "authorization")
 
     def __init__(
         self,
@@ -321,17 +323,20 @@ class _Signature:
         self.authorization = token.authorization
         self._token = token
         self._credentials = credentials
+        self._clock = credentials.clock
         self._fresh_until = token.fresh_until(limits.leeway)
         self._mended = mended
         self._call = call  # the only one that is signed with it, if that was held up for its token
 
     def serves(self) -> bool:
         """Tell whether its token is the one that is known, and is fresh."""
-        return self._token is self._credentials.known.token and time.monotonic() < self._fresh_until
+        return self._token is self._credentials.known.token and self._clock() < self._fresh_until
 
     def mend(self, response: requests.Response, **options: Any) -> requests.Response:
         """Return `response`, or what came of sending its request once more after a 401 (a response hook)."""
-        call, self._call = self._call, None  # its request may be sent again
+        call = self._call
+        if call is not None and not response.is_redirect:
+            self._call = None  # its request may be sent again, and is another call then
         if response.status_code != 401 and self._credentials.known.renewals.on_trial is None:
             return response
         return self._mended(response, self._token, call, options)

@@ -82,7 +82,7 @@ def leaving_no_locals() -> Generator[None, None, None]:
         raise
 
 
-def _grouped(error: BaseException) -> tuple[BaseException, ...]:
+def _grouped(error: BaseException) -> list[BaseException]:
     """Return the exceptions of an `ExceptionGroup`, which Python 3.10 has from a package."""
-    exceptions: tuple[Any, ...] | None = getattr(error, "exceptions", None)
-    return tuple(one for one in exceptions or () if isinstance(one, BaseException))
+    exceptions: tuple[object, ...] | None = getattr(error, "exceptions", None)
+    return [one for one in exceptions if isinstance(one, BaseException)] if isinstance(exceptions, tuple) else []

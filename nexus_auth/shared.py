@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 OUTAGE = 30.0  # seconds without another call of a store that is out of order
 MOST_STUCK = 8  # calls that hang in a store at most, each in its thread, before it is left alone until one returns
-NO_TIME = 0.01  # seconds that what is put away is kept
+LAST_TIME = 1.0  # seconds that what is put away is kept, empty: some stores take whole seconds only
 UNKNOWN_LIFETIME = 86400.0  # seconds that a token is kept which has no lifetime
 
 
@@ -121,7 +121,6 @@ class Shared:
             now = self._clock()
             if isinstance(outcome, Token):
                 self._put("token", _token_to_json(outcome), min(outcome.expires_at - now, UNKNOWN_LIFETIME))
-                self._forget("failure")
             if isinstance(outcome, Failure):
                 self._put("failure", _failure_to_json(outcome), outcome.until - now)
             if closed_for > 0:
@@ -132,6 +131,8 @@ class Shared:
                 self._store.release(turn, owner, 0.0)
             elif hold > 0:
                 self._store.acquire(turn, owner, 1, hold)
+            if isinstance(outcome, Token):
+                self._forget("failure")
 
         self._health.call(tell, None, self._clock)
         return True
@@ -157,7 +158,7 @@ class Shared:
     def _forget(self, kind: str) -> None:
         """Put away the value of that kind, if there is one: no store need know how to delete."""
         if self._store.get(self._seal.name(kind)) is not None:
-            self._store.put(self._seal.name(kind), b"", NO_TIME)
+            self._store.put(self._seal.name(kind), b"", LAST_TIME)
 
     def _get(self, kind: str, read: Callable[[dict[str, Any], float, float], T]) -> T | None:
         """Return the value of that kind, None if there is none that can be read: it may be of another version."""

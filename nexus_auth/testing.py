@@ -28,6 +28,9 @@ from urllib.parse import parse_qsl
 
 from .environment import Environment
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["Answer", "Arrival", "NexusSandbox"]
 
 TOKEN_PATH = "/connect/token"  # noqa: S105  # where tokens are asked for, none itself
@@ -169,10 +172,11 @@ class NexusSandbox:
     if not TYPE_CHECKING:  # type checkers would take any name for one that can be set
 
         def __setattr__(self, name: str, value: object) -> None:
-            """Raise the errors of the constructor for what makes no sense; `AttributeError` for a name of none."""
+            """Raise the errors of the constructor for what makes no sense; `AttributeError` for a name that is new."""
             if check := _CHECKS.get(name):
                 check(name, value)
-            elif not name.startswith("_") and name not in _ATTRIBUTES:
+            is_new = not (name.startswith("_") or name in {*_CHECKS, *_ATTRIBUTES} or hasattr(self, name))
+            if is_new and type(self) is NexusSandbox:
                 raise AttributeError(f"a NexusSandbox has no attribute {name!r}")
             super().__setattr__(name, value)
 
@@ -183,7 +187,7 @@ class NexusSandbox:
             raise RuntimeError("this NexusSandbox is not running: use it as `with NexusSandbox() as nexus:`")
         return self._environment
 
-    def __enter__(self) -> NexusSandbox:
+    def __enter__(self) -> Self:
         if self._server:
             raise RuntimeError("this NexusSandbox is running already: make another one for a block within its block")
         self._server = _Server(self._reply, self._port, self._ssl_context)

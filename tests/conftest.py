@@ -29,13 +29,14 @@ from anyio.from_thread import start_blocking_portal
 from server import Server, closed_port, running_server
 
 from nexus_auth import Environment, forget_tokens, grant
-from nexus_auth.credentials import credentials_of
+from nexus_auth.credentials import Credentials, credentials_of
 from nexus_auth.secret import HiddenText
 from nexus_auth.steps import Client
 from nexus_auth.testing import NexusSandbox
 from nexus_auth.value import replace
 
 D = TypeVar("D", bound="Driver")
+S = TypeVar("S", bound=NexusSandbox)
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -418,7 +419,7 @@ def makers(door: Any) -> list[Callable[..., Any]]:
 class GatedSandbox(NexusSandbox):
     """A sandbox that holds back its answers to token requests until `gate` is set."""
 
-    def __enter__(self) -> NexusSandbox:
+    def __enter__(self: S) -> S:
         self.gate.clear()
         return super().__enter__()
 
@@ -530,9 +531,14 @@ def in_variables(sandbox: NexusSandbox, monkeypatch: pytest.MonkeyPatch) -> Nexu
     return sandbox
 
 
+def known_credentials(environment: Environment, client_id: str, client_secret: str) -> Credentials:
+    """Return what is known of an API client."""
+    return credentials_of(Client(environment.token_endpoint, client_id, HiddenText(client_secret), "api1"))
+
+
 def grow_old(environment: Environment, client_id: str, client_secret: str, left: float) -> None:
     """Leave the token so many seconds to live, and no more than half of its life."""
-    credentials = credentials_of(Client(environment.token_endpoint, client_id, HiddenText(client_secret), "api1"))
+    credentials = known_credentials(environment, client_id, client_secret)
     now, token = time.monotonic(), credentials.known.token
     assert token is not None
     old = replace(token, expires_at=now + left, half_life=now - 1)

@@ -451,13 +451,14 @@ SENT_AGAIN: dict[str, tuple[list[str], Options, bytes]] = {
     "a memoryview": (REQUESTS, lambda _: {"body": memoryview(CONTENT)}, CONTENT),
     "a deque of bytes": (REQUESTS, lambda _: {"body": deque([b"4", b"2"])}, b"42"),  # whose length it sends
     "a file from where it stands": (HTTPX, lambda _: {"body": in_the_middle(), "headers": FROM_THERE}, CONTENT),
+    "values of a dict": (HTTPX, lambda _: {"body": {1: CONTENT, 2: b"the end"}.values()}, CONTENT + b"the end"),
     "a list of chunks": (HTTPX, lambda _: {"body": [CONTENT, b"", b"the end"]}, CONTENT + b"the end"),
 }
 NOT_SENT_AGAIN: dict[str, tuple[list[str], Options]] = {
     "a generator": (INSTALLED, lambda driver: {"body": driver.generator([b"all ", b"of it"])}),
     "a pipe": (BLOCKING, lambda _: {"body": Pipe(b"all of it")}),
     "a file that is closed meanwhile": (BLOCKING, lambda _: {"body": ClosesItself(b"all of it")}),
-    "what only looks like a collection": (BLOCKING, lambda _: {"body": Once(b"all of it")}),
+    "what only looks like a collection": (BLOCKING, lambda _: {"body": Once(b"all of it"), "timeout": 5}),
     "an iterator": (BLOCKING, lambda _: {"body": iter([b"all ", b"of it"])}),
     "a multipart of a pipe": (HTTPX, lambda _: {"files": {"file": Pipe(b"all of it")}}),
 }
@@ -601,6 +602,14 @@ def test_a_401_after_a_token_that_took_long(driver: Driver, sandbox: NexusSandbo
     sandbox.fail_token_requests(status=429, retry_after=1)
     client = driver.client(driver.auth(sandbox, max_wait=1.2))
     assert isinstance(outcome(driver.get, client, url(sandbox)), driver.door.TokenWaitError)
+
+
+def test_what_a_call_has_waited_counts_after_a_redirect_too(driver: Driver, sandbox: NexusSandbox) -> None:
+    client = driver.client(driver.auth(sandbox, max_wait=0.1))
+    sandbox.fail_token_requests(status=200, json={"access_token": "unknown", "token_type": "Bearer"}, delay=0.2)
+    sandbox.answer("/old", status=302, headers={"Location": "/customer"})
+    assert driver.get(client, url(sandbox, "/old")).status == 401
+    assert len(sandbox.token_requests) == 1
 
 
 @pytest.mark.parametrize("driver", REQUESTS, indirect=True)

@@ -461,11 +461,16 @@ def test_a_dropped_client_is_freed_at_once(driver: Driver, sandbox: NexusSandbox
         for _ in range(2):
             assert driver.get(client, "/customer").status == 200
             sandbox.revoke_tokens()
+        for _ in range(2):
+            assert driver.get(client, "/customer").status == 200
         reference, auth = weakref.ref(client), client.auth
         driver.close(client)
         del client
         assert reference() is None
         assert driver.access_token(auth)  # without what was lent, as where nothing is
+        reference = weakref.ref(auth)
+        del auth
+        assert reference() is None
     finally:
         gc.enable()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import INSTALLED, ON_HTTPX, ON_REQUESTS, Driver, url
+from conftest import BLOCKING, INSTALLED, ON_HTTPX, ON_REQUESTS, Driver, url
 
 from nexus_auth import TEST, forget_tokens
 from nexus_auth.testing import NexusSandbox
@@ -281,6 +282,44 @@ def test_patched_adapter_with_a_bare_response(driver: Driver) -> None:
             assert client.get(CUSTOMER).json() == TOKEN
             assert client.get(CUSTOMER).status_code == 401
         assert [call.args[0].url for call in send.call_args_list] == [TEST.token_endpoint, CUSTOMER, CUSTOMER]
+
+
+@pytest.mark.parametrize("driver", BLOCKING, indirect=True)
+@pytest.mark.parametrize("kind", [unittest.mock.Mock, unittest.mock.MagicMock])
+@pytest.mark.parametrize("wraps", [False, True])
+def test_what_is_lent_is_a_mock(driver: Driver, kind: Any, wraps: bool) -> None:
+    """Nothing goes to the network beside it."""
+    real = driver.client()
+    lent = kind(spec=type(real), wraps=real if wraps else None)
+    lent.send.side_effect = lambda *_, **__: token_of(driver)
+    assert driver.access_token(driver.door.NexusAuth(*CREDENTIALS, **driver.lend(lent))) == "t"
+    assert lent.send.call_count == 1
+
+
+@pytest.mark.parametrize("driver", BLOCKING, indirect=True)
+def test_a_patched_subclass_is_lent(driver: Driver) -> None:
+    kind = type("Mine", (type(driver.client()),), {})
+    with unittest.mock.patch.object(kind, "send", side_effect=lambda *_, **__: token_of(driver)) as send:
+        with kind() as lent:
+            assert driver.access_token(driver.door.NexusAuth(*CREDENTIALS, **driver.lend(lent))) == "t"
+        assert send.call_count == 1
+
+
+def token_of(driver: Driver) -> Any:
+    """Return a response of the library, with a token in it."""
+    return driver.library.Response(200, json=TOKEN) if driver.lent_as == "client" else bare_response()
+
+
+@ON_HTTPX
+def test_a_client_that_makes_clients_is_replaced(driver: Driver, sandbox: NexusSandbox) -> None:
+    """As tests do to give each client another option."""
+    client = driver.client(driver.auth(sandbox))
+    name = type(client).__name__
+    kind = getattr(driver.library, name)
+    for other in (functools.partial(kind, timeout=5), unittest.mock.Mock(wraps=kind)):
+        forget_tokens()
+        with unittest.mock.patch.object(driver.library, name, other):
+            assert driver.get(client, url(sandbox)).status == 200
 
 
 @ON_REQUESTS

@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
@@ -443,6 +444,16 @@ def test_wrong_arguments_are_named_at_once(nexus: NexusSandbox) -> None:
     assert (call(nexus, "/a").status, ask(nexus).status) == (401, 200)  # nothing of all that has been scripted
 
 
+def test_a_subclass_may_have_attributes_of_its_own() -> None:
+    class Mine(NexusSandbox):
+        def __init__(self) -> None:
+            super().__init__()
+            self.customers: list[str] = []
+
+    with Mine() as nexus:
+        assert nexus.customers == []
+
+
 def test_attributes_are_checked_as_arguments_are(nexus: NexusSandbox) -> None:
     attributes = ("expires_in", "scopes", "limit", "api")
     for kind, arguments in WRONG_ARGUMENTS.items():
@@ -453,6 +464,8 @@ def test_attributes_are_checked_as_arguments_are(nexus: NexusSandbox) -> None:
         nexus.expire_in = 5  # type: ignore[attr-defined]
     check_refused({TypeError: {"requests": ["1"], "token_requests": [None]}}, nexus.wait_for)
     check_refused({ValueError: {"requests": [-1]}}, nexus.wait_for)
+    with unittest.mock.patch.object(nexus, "revoke_tokens"):
+        nexus.revoke_tokens()
     nexus.api = lambda _: Answer(404)
     token = ask(nexus).json["access_token"]
     assert call(nexus, "/a", Authorization=f"Bearer {token}").status == 404

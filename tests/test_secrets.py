@@ -442,16 +442,29 @@ def test_frames_of_causes_and_of_grouped_errors_are_cleared_too() -> None:
 
     def raise_later(secret: str) -> None:
         error, cause = outcome(send, secret), outcome(send, secret)
+        assert isinstance(error, BaseException)
+        error.__context__ = cause
         raise ErrorGroup(error, "no error") from cause
 
     with pytest.raises(ErrorGroup) as raised, leaving_no_locals():
         raise_later(LEGIBLE)
     group = raised.value
+    assert isinstance(group.__cause__, KeyError)
     for error in (group, group.__cause__, group.exceptions[0]):
         assert isinstance(error, BaseException)
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         assert frame.f_code.co_name in ("send", "raise_later")
         assert LEGIBLE not in frame.f_locals.values()
+
+
+def test_errors_that_hang_on_one_another() -> None:
+    """Each is looked at once; and what has an attribute of that name is not always a group."""
+    one, other = OutsideError(), OutsideError()
+    one.__context__, other.__context__ = other, one
+    one.exceptions, other.exceptions = json, 7  # type: ignore[attr-defined]
+    with pytest.raises(OutsideError) as raised, leaving_no_locals():
+        raise one
+    assert raised.value is one
 
 
 class Interrupter:

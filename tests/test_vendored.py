@@ -52,11 +52,13 @@ with NexusSandbox() as nexus, make(nexus.client_id, nexus.client_secret, nexus.e
         forget_tokens()
         NexusAuth(nexus.client_id, nexus.client_secret, nexus.environment, store="store").access_token()
     assert len(nexus.token_requests) == 3
+    foreign = [type("Request", (), {{"__module__": library}}) for library in {others}]
     for wrong, words in (
         (lambda: NexusAuth(nexus.client_id, "wrong", nexus.environment).access_token(), "refused client"),
         (lambda: NexusAuth("id", "secret", nexus_auth.TEST), "an Environment of acme._vendor.nexus_auth, not"),
         (lambda: NexusAuth("id", "secret", nexus_auth.TEST), "(a nexus_auth.environment.Environment)"),
         (lambda: NexusAuth("id", "secret", "test")(object()), "this NexusAuth is for {library}, not for builtins"),
+        *((lambda of=of: NexusAuth("id", "secret", "test")(of()), ", not for " + of.__module__) for of in foreign),
     ):
         try:
             wrong()
