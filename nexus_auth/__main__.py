@@ -94,7 +94,7 @@ def check(arguments: Namespace) -> None:
 def sandbox(arguments: Namespace) -> None:
     """Run a sandbox until Ctrl-C, and print the environment variables that lead to it."""
     nexus = NexusSandbox(port=arguments.port, limit=arguments.limit, expires_in=arguments.expires_in)
-    with suppress(KeyboardInterrupt), nexus:
+    with suppress(KeyboardInterrupt), _naming_the_port(arguments.port), nexus:
         variables = {
             "NEXUS_CLIENT_ID": nexus.client_id,
             "NEXUS_CLIENT_SECRET": nexus.client_secret,
@@ -108,8 +108,16 @@ def sandbox(arguments: Namespace) -> None:
         print(f"# to revoke all its tokens: curl -X POST {nexus.environment.base_url}{REVOKE_PATH}", file=sys.stderr)
         while True:
             time.sleep(3600)
-    arrived = f"{len(nexus.token_requests)} token requests and {len(nexus.requests)} API requests"
-    print(f"# {arrived} have arrived", file=sys.stderr)
+    arrived = f"token requests: {len(nexus.token_requests)}, API requests: {len(nexus.requests)}"
+    print(f"# {arrived}", file=sys.stderr)
+
+
+@contextmanager
+def _naming_the_port(port: int) -> Generator[None, None, None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"--port {port}: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

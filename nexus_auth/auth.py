@@ -53,11 +53,8 @@ class AuthOptions(TypedDict, total=False):
 class BaseAuth(ABC):
     """The arguments of a `NexusAuth`, checked, and the credentials that it shares with others of its kind.
 
-    `environment` and `client_id` can be read; the secret is shown nowhere. The arguments stay as they are.
+    The client secret is shown nowhere, and the arguments stay as they are.
     """
-
-    environment: Environment
-    client_id: str
 
     # The errors of the HTTP library, the module they are in, and those of the door that are both.
     _library_errors: ClassVar[ModuleType]
@@ -86,8 +83,7 @@ class BaseAuth(ABC):
             _check_seconds(name, seconds)
         if timeout == 0:
             raise ValueError("timeout must be more than 0 seconds")
-        self.environment = Environment.of(environment)
-        self.client_id = client_id
+        self._environment = Environment.of(environment)
         self._client = Client(self.environment.token_endpoint, client_id, HiddenText(client_secret), scope)
         self._limits = Limits(leeway, timeout, max_wait)
         self._store = _opened(store)
@@ -104,6 +100,16 @@ class BaseAuth(ABC):
         """
         arguments: dict[str, Any] = {"store": store_from_env(prefix), **options}
         return cls(*credentials_from_env(prefix), **arguments)
+
+    @property
+    def environment(self) -> Environment:
+        """The environment whose API gets the token: `auth.environment.base_url`."""
+        return self._environment
+
+    @property
+    def client_id(self) -> str:
+        """The API client that the token is for."""
+        return self._client.client_id
 
     @property
     def scope(self) -> str:
@@ -239,7 +245,7 @@ class BaseAuth(ABC):
         """Return a new error that tells of `failure`: none is to be raised in several threads."""
         fault = failure.fault
         if failure.out_of_time:
-            return self._wait_error(fault.reason, failure.until - self._credentials.clock())
+            return self._wait_error(fault.reason, failure.until - self._credentials.clock(), fault.advice)
         seconds = self._credentials.clock() - failure.met_at
         remembered = f", {seconds:.0f} s ago" if seconds >= 1 else ""  # maybe of another client, with other proxies
         message = f"{self.environment} {fault.reason}{remembered}. {fault.advice}"
@@ -254,10 +260,10 @@ class BaseAuth(ABC):
             retry_after=fault.retry_after,
         )
 
-    def _wait_error(self, reason: str, seconds: float) -> TokenWaitError:
+    def _wait_error(self, reason: str, seconds: float, advice: str = "Try again then.") -> TokenWaitError:
         seconds = round(max(0.0, seconds), 3)
-        later = "later than max_wait allows. Try again then."
-        message = f"{self.environment} {reason}: the next token request may go in {seconds:.1f} s, {later}"
+        later = f"the next token request may go in {seconds:.1f} s, later than max_wait allows"
+        message = f"{self.environment} {reason}: {later}. {advice}"
         return self._token_wait_error(message, retry_after=seconds)
 
     def _class_of(self, fault: Fault) -> type[Exception]:

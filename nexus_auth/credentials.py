@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from .grant import Fault, FaultKind, Grant, Pause, judge, logger, pause_after
+from .grant import OTHERS_COUNT, Fault, FaultKind, Grant, Pause, judge, logger, pause_after
 from .known import (
     Call,
     Decision,
@@ -288,7 +288,7 @@ class Credentials:
         closed_for = self._endpoint.closed_until - now
         if closed_for > max(0.0, attempt.sends_at - now):
             attempt.sends_at = now + Pause.asked_for(closed_for).within(call.deadline - now)
-            attempt.reason = "wants no token request for now (Retry-After)"
+            attempt.reason = f"wants no token request for now (Retry-After); {OTHERS_COUNT}"
         if attempt.sends_at <= now:
             return None
         return Wait(attempt.sends_at, attempt.sends_at, attempt.reason, min(LOOK, attempt.sends_at - now))

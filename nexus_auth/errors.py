@@ -15,8 +15,8 @@ class TokenRequestError(NexusAuthError):
     """The token endpoint refused, or answered with something that is no token.
 
     `error` and `error_description` are those of the error response (RFC 6749 section 5.2), `status_code` is its HTTP
-    status, `retry_after` the seconds that its Retry-After asked for (RFC 9110 section 10.2.3); each is None where
-    there was none. `environment` is the one whose token endpoint was asked.
+    status, `retry_after` the seconds that its Retry-After asked for (RFC 9110 section 10.2.3), an hour at most; each is
+    None where there was none. `environment` is the one whose token endpoint was asked.
     """
 
     def __init__(

@@ -34,6 +34,7 @@ HEADERS = {
     "Accept-Encoding": "identity",  # an answer is short, and one that is packed can be a bomb
     "Content-Type": "application/x-www-form-urlencoded",
 }
+OTHERS_COUNT = "it takes 60 token requests per minute for this IP address; other processes count too"
 WHITE_SPACE_AND_QUOTES = " \t\r\n\"'"  # which files with variables leave around a value
 # RFC 6749 section 5.2: shown in errors even where a secret is a word of one.
 ERROR_CODES = frozenset(
@@ -102,6 +103,8 @@ def pause_after(fault: Fault, tries: int, busy_answers: int) -> Pause | None:
         return Pause(seconds, seconds / 10)
     if fault.kind in (FaultKind.UNAVAILABLE, FaultKind.UNREACHABLE) and tries < TRIES:
         seconds = BACKOFF * 2 ** (tries - 1)
+        if fault.retry_after and fault.retry_after > seconds:
+            return Pause.asked_for(fault.retry_after)
         return Pause(seconds / 2, seconds / 2)
     return None
 
@@ -154,8 +157,7 @@ def _complaint(answer: Response, document: dict[str, Any] | None, client: Client
     said = ", ".join(filter(None, (error, description)))
     try_later = "Check token_endpoint; if it is right, try again later."
     if status == 429:
-        reason = "is busy: it takes 60 token requests per minute for this IP address; other processes count too"
-        return FaultKind.BUSY, reason, "Try again later."
+        return FaultKind.BUSY, f"is busy: {OTHERS_COUNT}", "Try again later."
     if status >= 500:
         return FaultKind.UNAVAILABLE, f"is down{': ' if said else ''}{said}", try_later
     if error:

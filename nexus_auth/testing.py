@@ -175,6 +175,8 @@ class NexusSandbox:
             """Raise the errors of the constructor for what makes no sense; `AttributeError` for a name that is new."""
             if check := _CHECKS.get(name):
                 check(name, value)
+            if name in _FIXED and hasattr(self, name):
+                raise AttributeError(f"{name} of a NexusSandbox stays as it is; an entry of its `clients` is another")
             is_new = not (name.startswith("_") or name in {*_CHECKS, *_ATTRIBUTES} or hasattr(self, name))
             if is_new and type(self) is NexusSandbox:
                 raise AttributeError(f"a NexusSandbox has no attribute {name!r}")
@@ -262,6 +264,7 @@ class NexusSandbox:
 
     def _reply(self, arrival: Arrival) -> Answer:
         target = re.sub(r"\A(?i:https?)://[^/?#]*", "", arrival.path)  # as a proxy is asked (RFC 9112 section 3.2.2)
+        target = _in_upper_case(target)
         path = target.partition("?")[0]
         if path == TOKEN_PATH:
             return self._reply_of_token_endpoint(arrival)
@@ -444,7 +447,8 @@ def _event(name: str, gate: object) -> None:
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "expires_in": _document, "scopes": _single_scopes, "limit": _integer, "api": _function, "gate": _event,
 }  # fmt: skip
-_ATTRIBUTES = frozenset(("client_id", "client_secret", "clients", "token_requests", "requests"))
+_FIXED = frozenset(("client_id", "client_secret", "clients"))
+_ATTRIBUTES = frozenset((*_FIXED, "token_requests", "requests"))
 
 
 def _sendable(headers: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -468,13 +472,20 @@ def _scripted_method(method: str | None) -> str | None:
     return method.upper()
 
 
+def _in_upper_case(path: str) -> str:
+    """Return `path` with the digits of percent-encodings in upper case: they are equal (RFC 3986 section 2.1)."""
+    return re.sub("%[0-9A-Fa-f]{2}", lambda encoded: encoded[0].upper(), path)
+
+
 def _scripted_path(path: str) -> str:
     _check_kind("path", path, str)
     if METHOD_OR_HOST.match(path):
         raise ValueError(f"path must be from the base URL on, as '/customer', without method and host, not {path!r}")
-    if not re.fullmatch(r"[!-\"$-~]*", path):
+    if not re.fullmatch(r"[!$-;=?-_a-z|~]*", path):
         raise ValueError(f"path must be as it is sent, percent-encoded and without a fragment, not {path!r}")
-    path = path if path.startswith("/") else f"/{path}"
+    path = _in_upper_case(path if path.startswith("/") else f"/{path}")
+    if re.search(r"/\.{1,2}(/|\Z)", path.partition("?")[0]):
+        raise ValueError(f"path must be as it is sent, without '.' and '..', not {path!r}")
     if path.partition("?")[0] == TOKEN_PATH:
         raise ValueError(f"path {path!r} is the token endpoint, for which there is fail_token_requests()")
     if path.partition("?")[0] == REVOKE_PATH:

@@ -29,7 +29,7 @@ from herd import (
 
 from nexus_auth import quota
 from nexus_auth.credentials import Credentials
-from nexus_auth.grant import Fault, FaultKind
+from nexus_auth.grant import OTHERS_COUNT, Fault, FaultKind
 from nexus_auth.known import Call, Decision, Failure, Fetch, Known, Raise, Renewals, TooLong, Use, decide, landed, told
 from nexus_auth.quota import Endpoint, Holder, Turn
 from nexus_auth.steps import Steps
@@ -542,12 +542,13 @@ def test_what_the_log_says_of_the_life_of_a_token(caplog: pytest.LogCaptureFixtu
 def test_what_is_waited_for_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "nexus_auth")
     herd = Herd(token("t"))
+    closed = f"wants no token request for now (Retry-After); {OTHERS_COUNT}"
     herd.endpoint.close(herd.clock() + 0.98765)
     herd.start(max_wait=0.98765)
     herd.start()
     herd.run()
     assert [(record.levelname, record.getMessage(), vars(record)["seconds"]) for record in caplog.records[:2]] == [
-        ("DEBUG", f"{ENDPOINT} wants no token request for now (Retry-After): the next may go in 1.0 s", 0.988),
+        ("DEBUG", f"{ENDPOINT} {closed}: the next may go in 1.0 s", 0.988),
         ("DEBUG", f"{ENDPOINT} is being asked for another caller: the next may go in 1.0 s", 0.988),
     ]
     assert len(caplog.records) == 3  # with that of the token

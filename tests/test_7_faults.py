@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -127,7 +128,8 @@ def test_what_retry_after_asks_for(value: str, seconds: float | None) -> None:
         (a_fault(UNREACHABLE), 4, 0, None),
         (a_fault(UNAVAILABLE), 3, 5, Pause(1, 1)),
         (a_fault(UNAVAILABLE), 4, 0, None),
-        (a_fault(UNAVAILABLE, retry_after=60), 1, 0, Pause(0.25, 0.25)),  # the endpoint is closed besides
+        (a_fault(UNAVAILABLE, retry_after=0.5), 1, 0, Pause(0.25, 0.25)),  # the endpoint is closed besides
+        (a_fault(UNAVAILABLE, retry_after=60), 1, 0, Pause.asked_for(60)),
         (a_fault(UNAVAILABLE, retry_after=60), 4, 0, None),
         (a_fault(REFUSED), 1, 0, None),
         (a_fault(REFUSED, retry_after=1), 0, 0, None),
@@ -323,8 +325,16 @@ def test_retry_after_closes_the_endpoint_for_everybody() -> None:
     assert max(herd.sent) <= 45
 
 
-def test_what_is_longer_than_max_wait_is_said_at_once(log: Log) -> None:
-    herd = Herd(response(429, Retry_After="76"))
+def test_retry_after_of_an_endpoint_that_is_down_is_logged_as_the_one_wait_that_it_is(log: Log) -> None:
+    herd = Herd(response(503, Retry_After="5"), token("t"))
+    assert access_token(herd.call()) == "t"
+    (warning,) = [message for level, message in log() if level == "WARNING"]
+    assert re.search(r"is down \(HTTP 503\): the next try is in [56]\.\d s", warning)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_what_is_longer_than_max_wait_is_said_at_once(log: Log, status: int) -> None:
+    herd = Herd(response(status, Retry_After="76"))
     caller = herd.start()
     herd.run()
     assert (caller.waited, len(herd.sent)) == (0, 1)

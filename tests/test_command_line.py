@@ -571,4 +571,4 @@ def test_sandbox_serves_others_until_ctrl_c(
     assert run("get", "/customer").status == 0  # with the second of two tokens
     assert "60 token requests per minute" in run("token", "--no-store", "--max-wait", "1").reason
     process.send_signal(ctrl_c)
-    assert finish(process) == (0, "", "# 3 token requests and 2 API requests have arrived\n")
+    assert finish(process) == (0, "", "# token requests: 3, API requests: 2\n")

@@ -154,12 +154,14 @@ def test_messages_of_a_wait(doors: list[Driver], sandbox: NexusSandbox) -> None:
     sandbox.fail_token_requests(status=429, retry_after=1000)
     busy = "is busy: it takes 60 token requests per minute for this IP address; other processes count too (HTTP 429)"
     assert message(sandbox.environment) == f"{endpoint} {busy}: the next token request may go in 1000.0"
-    closed = "wants no token request for now (Retry-After)"
+    others = "it takes 60 token requests per minute for this IP address; other processes count too"
+    closed = f"wants no token request for now (Retry-After); {others}"
     assert message(sandbox.environment).startswith(f"{endpoint} {closed}: the next token request may go in ")
     away = nowhere()  # where the first try is the last that max_wait has time for
-    assert message(away, max_wait=0).startswith(
-        f"token endpoint {away.token_endpoint} (nowhere) could not be reached ("
-    )
+    error = called(doors[0], sandbox, away, max_wait=0)
+    assert isinstance(error, TokenWaitError)
+    assert str(error).startswith(f"token endpoint {away.token_endpoint} (nowhere) could not be reached (")
+    assert str(error).endswith(f" s, later than max_wait allows{CHECK_NETWORK[1:]}")
 
 
 def test_messages_of_an_endpoint_that_cannot_be_reached(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import ssl
+import wsgiref.util
+import wsgiref.validate
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from conftest import Driver
 
 import nexus_auth
@@ -21,6 +25,13 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 NEEDED = [module for module in ("requests", "httpx") if f"import {module}" in README]
 
 
+def wsgi_environ() -> dict[str, Any]:
+    """Return the environment of a WSGI request (PEP 3333)."""
+    environ: dict[str, Any] = {}
+    wsgiref.util.setup_testing_defaults(environ)
+    return {**environ, "QUERY_STRING": ""}
+
+
 @pytest.fixture
 def nexus_logger() -> Iterator[logging.Logger]:
     """The logger of nexus_auth, whose level is set back in the end."""
@@ -29,28 +40,58 @@ def nexus_logger() -> Iterator[logging.Logger]:
     logger.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def private(authority: trustme.CA) -> Iterator[NexusSandbox]:
+    """A sandbox with a certificate of a private authority."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    with NexusSandbox(client_id="private", client_secret="private-secret", ssl_context=context) as nexus:
+        yield nexus
+
+
 @pytest.mark.usefixtures("in_variables", "nexus_logger", "quick_retries")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.strip().splitlines()[-1][:30])
 def test_example(
     example: str,
     sandbox: NexusSandbox,
+    private: NexusSandbox,
+    authority: trustme.CA,
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for module in NEEDED:
         pytest.importorskip(module, reason="its library is not installed")
+    monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
+    monkeypatch.delenv("CURL_CA_BUNDLE", raising=False)
     sandbox.answer("/customer", json={"message": "Successfully processed your request"}, times=None)
+    authority.cert_pem.write_to_path(tmp_path / "private-ca.pem")
     names: dict[str, Any] = {
         "client_id": sandbox.client_id,
         "client_secret": sandbox.client_secret,
         "environment": sandbox.environment,
         "pytest": pytest,
         "store": tmp_path / "store",
+        "private": private.environment,
+        "private_ca": str(tmp_path / "private-ca.pem"),
     }
+    if "private" in example:
+        names |= {"client_id": private.client_id, "client_secret": private.client_secret}
     source = example.replace('"test"', "environment")
     source = source.replace("https://testidentity.quantoz.com/connect/token", sandbox.environment.token_endpoint)
     source = source.replace("https://testapi.quantoz.com", sandbox.environment.base_url)
     exec(compile(source, "an example of the README", "exec"), names)
+    if "application" in names:
+        answered: list[str] = []
+        validated: Any = wsgiref.validate.validator(names["application"])
+        body = validated(wsgi_environ(), lambda status, headers, _=None: answered.append(status))
+        assert (list(body), answered) == ([b'{"message": "Successfully processed your request"}'], ["200 OK"])
+        body.close()
     for test in [value for name, value in names.items() if name.startswith("test_")]:
         with NexusSandbox() as nexus:
             fixtures = {"nexus": nexus}

@@ -267,6 +267,7 @@ SCRIPTS: dict[str, tuple[list[dict[str, Any]], str, list[int]]] = {
     "asked as a proxy": ([{}], "GET http://api.example/a?b=c", [201, 401]),
     "for a query": ([{"path": "/a?b=c"}], "GET /a?b=c", [201, 401]),
     "not for another query": ([{"path": "/a?b=c"}], "GET /a?b=d", [401]),
+    "whatever the case of its percent-encoding": ([{"path": "/a%c3%A9"}], "GET /a%C3%a9", [201, 401]),
     "for a method": ([{"method": "post"}], "POST /a", [201, 401]),
     "not for another method": ([{"method": "POST"}], "GET /a", [401]),
     "in order": ([{}, {"status": 202, "times": 2}], "GET /a", [201, 202, 202, 401]),
@@ -411,7 +412,8 @@ WRONG_COMBINATIONS: list[tuple[type[Exception], str, dict[str, Any]]] = [
 ]
 WRONG_PATHS: list[tuple[type[Exception], str, list[Any]]] = [
     (ValueError, "without method and host", ["GET /customer", "DELETE", "https://testapi.quantoz.com/customer"]),
-    (ValueError, "percent-encoded and without a fragment", ["/custom er", "/customér", "/customer#1"]),
+    (ValueError, "percent-encoded and without a fragment", ["/custom er", "/customér", "/customer#1", '/a"b', "/{id}"]),
+    (ValueError, "without '.' and '..'", ["/a/../b", "/.", "/a/./b?c"]),
     (ValueError, "fail_token_requests", ["/connect/token", "connect/token?x=1"]),
     (ValueError, "revoke", ["/sandbox/revoke"]),
     (TypeError, "path must be str", [b"/customer", None]),
@@ -462,6 +464,9 @@ def test_attributes_are_checked_as_arguments_are(nexus: NexusSandbox) -> None:
     check_refused({TypeError: {"gate": [False, None]}}, lambda gate: setattr(nexus, "gate", gate))
     with pytest.raises(AttributeError, match="a NexusSandbox has no attribute 'expire_in'"):
         nexus.expire_in = 5  # type: ignore[attr-defined]
+    for name in ("client_id", "client_secret", "clients"):
+        with pytest.raises(AttributeError, match=f"^{name} of a NexusSandbox stays as it is"):
+            setattr(nexus, name, getattr(nexus, name))
     check_refused({TypeError: {"requests": ["1"], "token_requests": [None]}}, nexus.wait_for)
     check_refused({ValueError: {"requests": [-1]}}, nexus.wait_for)
     with unittest.mock.patch.object(nexus, "revoke_tokens"):
