@@ -33,7 +33,7 @@ import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -94,7 +94,11 @@ def check(arguments: Namespace) -> None:
 def sandbox(arguments: Namespace) -> None:
     """Run a sandbox until Ctrl-C, and print the environment variables that lead to it."""
     nexus = NexusSandbox(port=arguments.port, limit=arguments.limit, expires_in=arguments.expires_in)
-    with suppress(KeyboardInterrupt), _naming_the_port(arguments.port), nexus:
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
+        try:
+            stack.enter_context(nexus)
+        except OSError as error:
+            raise OSError(f"--port {arguments.port}: {error}") from None
         variables = {
             "NEXUS_CLIENT_ID": nexus.client_id,
             "NEXUS_CLIENT_SECRET": nexus.client_secret,
@@ -110,14 +114,6 @@ def sandbox(arguments: Namespace) -> None:
             time.sleep(3600)
     arrived = f"token requests: {len(nexus.token_requests)}, API requests: {len(nexus.requests)}"
     print(f"# {arrived}", file=sys.stderr)
-
-
-@contextmanager
-def _naming_the_port(port: int) -> Generator[None, None, None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"--port {port}: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

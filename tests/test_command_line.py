@@ -552,6 +552,22 @@ def ctrl_c() -> Generator[signal.Signals, None, None]:
     signal.signal(signal.SIGINT, before)
 
 
+def test_a_sandbox_on_a_port_that_is_taken(run: Run, nexus: NexusSandbox) -> None:
+    port = nexus.environment.base_url.rpartition(":")[2]
+    outcome = run("sandbox", "--port", port)
+    assert (outcome.status, outcome.out) == (1, "")
+    assert outcome.reason.startswith(f"--port {port}: ")
+
+
+def test_a_sandbox_whose_variables_nobody_reads(request: pytest.FixtureRequest) -> None:
+    process = spawn("sandbox")
+    request.addfinalizer(process.kill)
+    with process:
+        process.stdout.close()
+        assert process.wait(30) == 1
+        assert process.stderr.read() == ""
+
+
 def test_sandbox_serves_others_until_ctrl_c(
     run: Run, ctrl_c: signal.Signals, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
