@@ -53,8 +53,11 @@ class AuthOptions(TypedDict, total=False):
 class BaseAuth(ABC):
     """The arguments of a `NexusAuth`, checked, and the credentials that it shares with others of its kind.
 
-    The client secret is shown nowhere, and the arguments stay as they are.
+    `environment` and `client_id` can be read; the secret is shown nowhere, and the arguments stay as they are.
     """
+
+    environment: Environment
+    client_id: str
 
     # The errors of the HTTP library, the module they are in, and those of the door that are both.
     _library_errors: ClassVar[ModuleType]
@@ -83,7 +86,8 @@ class BaseAuth(ABC):
             _check_seconds(name, seconds)
         if timeout == 0:
             raise ValueError("timeout must be more than 0 seconds")
-        self._environment = Environment.of(environment)
+        self.environment = Environment.of(environment)
+        self.client_id = client_id
         self._client = Client(self.environment.token_endpoint, client_id, HiddenText(client_secret), scope)
         self._limits = Limits(leeway, timeout, max_wait)
         self._store = _opened(store)
@@ -100,16 +104,6 @@ class BaseAuth(ABC):
         """
         arguments: dict[str, Any] = {"store": store_from_env(prefix), **options}
         return cls(*credentials_from_env(prefix), **arguments)
-
-    @property
-    def environment(self) -> Environment:
-        """The environment whose API gets the token: `auth.environment.base_url`."""
-        return self._environment
-
-    @property
-    def client_id(self) -> str:
-        """The API client that the token is for."""
-        return self._client.client_id
 
     @property
     def scope(self) -> str:
@@ -310,11 +304,12 @@ _ARGUMENTS = frozenset(
 def own_send(lent: Any) -> Any:
     """Return the `send` that was set on the session or client itself, as mocks do; None if it has only its class's."""
     send, kind = lent.send, lent.__class__
-    if getattr(send, "__func__", None) is kind.send:
+    is_autospec = hasattr(send, "mock")  # a function that `unittest.mock.create_autospec` has made
+    if getattr(send, "__func__", None) is kind.send and not is_autospec:
         return None  # without `vars`: CPython looks up attributes more slowly once an object's __dict__ was asked for
     # A method of whatever kind has __get__, and a mock has not, be it the lent object or the method of its class.
     is_method = hasattr(inspect.getattr_static(_real_class(lent), "send", None), "__get__")
-    return None if is_method and "send" not in vars(lent) else send
+    return None if is_method and not is_autospec and "send" not in vars(lent) else send
 
 
 def _real_class(thing: object) -> type:

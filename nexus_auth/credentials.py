@@ -288,7 +288,8 @@ class Credentials:
         closed_for = self._endpoint.closed_until - now
         if closed_for > max(0.0, attempt.sends_at - now):
             attempt.sends_at = now + Pause.asked_for(closed_for).within(call.deadline - now)
-            attempt.reason = f"wants no token request for now (Retry-After); {OTHERS_COUNT}"
+            because = self._endpoint.closed_because
+            attempt.reason = f"wants no token request for now (Retry-After){because and f'; {because}'}"
         if attempt.sends_at <= now:
             return None
         return Wait(attempt.sends_at, attempt.sends_at, attempt.reason, min(LOOK, attempt.sends_at - now))
@@ -428,7 +429,7 @@ class Credentials:
     def _fail(self, fault: Fault, call: Call, attempt: Attempt, now: float, *, ahead: bool) -> Failure | None:
         """Plan another try after `fault` and return None, or remember it and return the failure."""
         if fault.retry_after:
-            self._endpoint.close(now + fault.retry_after)
+            self._endpoint.close(now + fault.retry_after, OTHERS_COUNT if fault.kind is FaultKind.BUSY else "")
         if ahead:
             message = "%s %s: the token of client %r, which is about to expire, is used on"
             logger.warning(message, self._name, fault.reason, self.client.client_id, extra=self._log_fields)

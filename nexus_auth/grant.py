@@ -103,7 +103,7 @@ def pause_after(fault: Fault, tries: int, busy_answers: int) -> Pause | None:
         return Pause(seconds, seconds / 10)
     if fault.kind in (FaultKind.UNAVAILABLE, FaultKind.UNREACHABLE) and tries < TRIES:
         seconds = BACKOFF * 2 ** (tries - 1)
-        if fault.retry_after and fault.retry_after > seconds:
+        if fault.retry_after and fault.retry_after > seconds / 2:
             return Pause.asked_for(fault.retry_after)
         return Pause(seconds / 2, seconds / 2)
     return None

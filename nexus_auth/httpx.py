@@ -40,6 +40,8 @@ class NexusAuth(HTTPXAuth[httpx.Client | httpx.AsyncClient], httpx.Auth):
     `nexus_auth.store.Store`. `client` is lent for token requests: its proxies, TLS settings and mounts apply, nothing
     else.
 
+    `environment`, `client_id`, `scope` and `expires_in` of an auth can be read.
+
     Raises `TypeError` or `ValueError` for a wrong argument. Calls raise `TokenRequestError` or `TokenWaitError`, both
     `httpx.RequestError` as well, or the connection error that httpx raised for the token request.
     """

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import threading
-from importlib.machinery import PathFinder
 from typing import Any
 
 
 def has_module(name: str) -> bool:
-    """Tell whether a package that is imported has a module of that whole name: a vendored copy may lack a door."""
-    package = sys.modules[name.rpartition(".")[0]]
-    return PathFinder.find_spec(name, package.__path__) is not None
+    """Tell whether there is a module of that whole name: a vendored copy may lack a door."""
+    from importlib.util import find_spec  # late, for it is seldom needed
+
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # it is there, and is no module that was imported
+        return True
 
 
 class LateImport:

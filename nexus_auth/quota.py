@@ -95,11 +95,13 @@ class Endpoint:
     def __init__(self) -> None:
         self.permits: Permits = Permits()
         self.closed_until: float = 0.0
+        self.closed_because: str = ""  # words of an error, if there is more to say than Retry-After
 
     def forget(self) -> None:
         """Know nothing."""
         self.permits = Permits()
         self.closed_until = 0.0
+        self.closed_because = ""
 
     def acquire(self, owner: str, hold: float, now: float) -> float:
         """Return the seconds that `owner` has to wait; 0: it may send one request, and holds a permit for `hold`."""
@@ -132,10 +134,11 @@ class Endpoint:
                 self.permits = after
         return is_unchanged
 
-    def close(self, until: float) -> None:
+    def close(self, until: float, because: str = "") -> None:
         """Send nothing before `until`, as the server asked (RFC 9110 section 10.2.3)."""
         with LOCK:
-            self.closed_until = max(self.closed_until, until)
+            if until > self.closed_until:
+                self.closed_until, self.closed_because = until, because
 
 
 class Place(Value):

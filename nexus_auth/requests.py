@@ -63,6 +63,8 @@ class NexusAuth(BaseAuth, AuthBase):
     `nexus_auth.store.Store`. `session` is lent for token requests: its proxies, TLS settings and mounts apply, nothing
     else.
 
+    `environment`, `client_id`, `scope` and `expires_in` of an auth can be read.
+
     Raises `TypeError` or `ValueError` for a wrong argument. Calls raise `TokenRequestError` or `TokenWaitError`, both
     `requests.RequestException` as well, or the connection error that requests raised for the token request.
     """
@@ -122,9 +124,10 @@ class NexusAuth(BaseAuth, AuthBase):
             call = Call(self._limits)
             token = self._token(self._obtain(call), request)
             return _Signature(token, self._credentials, self._limits, self._mended, call)
-        # A copy mends: the auth and what it is lent would not be freed at once if its signature held it.
-        mended = copy.copy(self)._mended
-        signature = self._signature = _Signature(token, self._credentials, self._limits, mended)
+        # Another one mends: this auth and what it is lent would not be freed at once if its signature held it.
+        mender = object.__new__(NexusAuth)  # not of a subclass, which may be made in another way
+        mender.__setstate__({**self.__dict__})
+        signature = self._signature = _Signature(token, self._credentials, self._limits, mender._mended)
         return signature
 
     def _mended(

@@ -121,6 +121,7 @@ class Shared:
             now = self._clock()
             if isinstance(outcome, Token):
                 self._put("token", _token_to_json(outcome), min(outcome.expires_at - now, UNKNOWN_LIFETIME))
+                self._forget("failure")
             if isinstance(outcome, Failure):
                 self._put("failure", _failure_to_json(outcome), outcome.until - now)
             if closed_for > 0:
@@ -131,8 +132,6 @@ class Shared:
                 self._store.release(turn, owner, 0.0)
             elif hold > 0:
                 self._store.acquire(turn, owner, 1, hold)
-            if isinstance(outcome, Token):
-                self._forget("failure")
 
         self._health.call(tell, None, self._clock)
         return True

@@ -175,7 +175,7 @@ class NexusSandbox:
             """Raise the errors of the constructor for what makes no sense; `AttributeError` for a name that is new."""
             if check := _CHECKS.get(name):
                 check(name, value)
-            if name in _FIXED and hasattr(self, name):
+            if name in ("client_id", "client_secret") and name in self.__dict__:
                 raise AttributeError(f"{name} of a NexusSandbox stays as it is; an entry of its `clients` is another")
             is_new = not (name.startswith("_") or name in {*_CHECKS, *_ATTRIBUTES} or hasattr(self, name))
             if is_new and type(self) is NexusSandbox:
@@ -439,6 +439,10 @@ def _function(name: str, api: object) -> None:
         raise TypeError(f"{name} must be a function, and not async: {api!r}")
 
 
+def _dictionary(name: str, clients: object) -> None:
+    _check_kind(name, clients, dict)
+
+
 def _event(name: str, gate: object) -> None:
     _check_kind(name, gate, threading.Event)
 
@@ -446,9 +450,9 @@ def _event(name: str, gate: object) -> None:
 # Of a sandbox: what can be set while it runs, and how that is checked; and its other public attributes.
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "expires_in": _document, "scopes": _single_scopes, "limit": _integer, "api": _function, "gate": _event,
+    "clients": _dictionary,
 }  # fmt: skip
-_FIXED = frozenset(("client_id", "client_secret", "clients"))
-_ATTRIBUTES = frozenset((*_FIXED, "token_requests", "requests"))
+_ATTRIBUTES = frozenset(("client_id", "client_secret", "token_requests", "requests"))
 
 
 def _sendable(headers: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -481,7 +485,8 @@ def _scripted_path(path: str) -> str:
     _check_kind("path", path, str)
     if METHOD_OR_HOST.match(path):
         raise ValueError(f"path must be from the base URL on, as '/customer', without method and host, not {path!r}")
-    if not re.fullmatch(r"[!$-;=?-_a-z|~]*", path):
+    # Requests and httpx encode the rest; in a query httpx leaves more as it is.
+    if not re.fullmatch(r"[!$-;=@-_a-z|~]*(\?[!$-;=?-~]*)?", path):
         raise ValueError(f"path must be as it is sent, percent-encoded and without a fragment, not {path!r}")
     path = _in_upper_case(path if path.startswith("/") else f"/{path}")
     if re.search(r"/\.{1,2}(/|\Z)", path.partition("?")[0]):

@@ -29,7 +29,7 @@ from herd import (
 
 from nexus_auth import quota
 from nexus_auth.credentials import Credentials
-from nexus_auth.grant import OTHERS_COUNT, Fault, FaultKind
+from nexus_auth.grant import Fault, FaultKind
 from nexus_auth.known import Call, Decision, Failure, Fetch, Known, Raise, Renewals, TooLong, Use, decide, landed, told
 from nexus_auth.quota import Endpoint, Holder, Turn
 from nexus_auth.steps import Steps
@@ -542,8 +542,9 @@ def test_what_the_log_says_of_the_life_of_a_token(caplog: pytest.LogCaptureFixtu
 def test_what_is_waited_for_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "nexus_auth")
     herd = Herd(token("t"))
-    closed = f"wants no token request for now (Retry-After); {OTHERS_COUNT}"
-    herd.endpoint.close(herd.clock() + 0.98765)
+    closed = "wants no token request for now (Retry-After); it is busy"
+    herd.endpoint.close(herd.clock() + 0.98765, "it is busy")
+    herd.endpoint.close(herd.clock() + 0.5, "of a wait that is over before")
     herd.start(max_wait=0.98765)
     herd.start()
     herd.run()

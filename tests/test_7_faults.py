@@ -128,7 +128,8 @@ def test_what_retry_after_asks_for(value: str, seconds: float | None) -> None:
         (a_fault(UNREACHABLE), 4, 0, None),
         (a_fault(UNAVAILABLE), 3, 5, Pause(1, 1)),
         (a_fault(UNAVAILABLE), 4, 0, None),
-        (a_fault(UNAVAILABLE, retry_after=0.5), 1, 0, Pause(0.25, 0.25)),  # the endpoint is closed besides
+        (a_fault(UNAVAILABLE, retry_after=1), 3, 0, Pause(1, 1)),  # the endpoint is closed besides
+        (a_fault(UNAVAILABLE, retry_after=1), 2, 0, Pause.asked_for(1)),
         (a_fault(UNAVAILABLE, retry_after=60), 1, 0, Pause.asked_for(60)),
         (a_fault(UNAVAILABLE, retry_after=60), 4, 0, None),
         (a_fault(REFUSED), 1, 0, None),

@@ -560,10 +560,12 @@ def test_a_sandbox_on_a_port_that_is_taken(run: Run, nexus: NexusSandbox) -> Non
 
 
 def test_a_sandbox_whose_variables_nobody_reads(request: pytest.FixtureRequest) -> None:
-    process = spawn("sandbox")
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = spawn("sandbox", stdout=writing)
+    os.close(writing)
     request.addfinalizer(process.kill)
     with process:
-        process.stdout.close()
         assert process.wait(30) == 1
         assert process.stderr.read() == ""
 

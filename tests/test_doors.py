@@ -8,6 +8,7 @@ import itertools
 import pydoc
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,9 @@ def test_the_names_of_a_door_that_is_not_there(monkeypatch: pytest.MonkeyPatch) 
             patch.setitem(sys.modules, module, None)
             with pytest.raises(kind, match=words):
                 nexus_auth.NexusAuth  # noqa: B018
+            assert ("NexusAuth" in dir(nexus_auth)) == (module == "requests")
+    monkeypatch.setitem(sys.modules, "nexus_auth.requests", types.SimpleNamespace(__spec__=None))
+    assert "NexusAuth" in dir(nexus_auth)
 
 
 def defaults(function: Any) -> dict[str, Any]:
@@ -265,6 +269,23 @@ def test_a_client_of_the_other_kind_is_lent(doors: list[Driver], sandbox: NexusS
         assert str(call) == str(token)
         assert str(call).endswith(f"Client; its auth was lent one of kind {type(lent).__name__}")
     assert sandbox.token_requests == []
+
+
+def test_a_subclass_may_be_made_in_another_way(driver: Driver, sandbox: NexusSandbox) -> None:
+    class Tenants(driver.door.NexusAuth):  # type: ignore[misc, name-defined, unused-ignore]
+        environment = sandbox.environment
+
+        def __new__(cls, tenant: str) -> Any:
+            return super().__new__(cls)
+
+        def __init__(self, tenant: str) -> None:
+            super().__init__(sandbox.client_id, sandbox.client_secret, self.environment)
+
+    client = driver.client(Tenants("one"))
+    for _ in range(3):
+        assert driver.get(client, url(sandbox)).status == 200
+    sandbox.revoke_tokens()
+    assert driver.get(client, url(sandbox)).status == 200
 
 
 def test_another_auth_of_the_client_is_left_alone(driver: Driver, sandbox: NexusSandbox) -> None:

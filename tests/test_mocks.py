@@ -297,9 +297,11 @@ def test_what_is_lent_is_a_mock(driver: Driver, kind: Any, wraps: bool) -> None:
 
 
 @pytest.mark.parametrize("driver", BLOCKING, indirect=True)
-def test_a_patched_subclass_is_lent(driver: Driver) -> None:
+@pytest.mark.parametrize("autospec", [None, True])
+def test_a_patched_subclass_is_lent(driver: Driver, autospec: Any) -> None:
     kind = type("Mine", (type(driver.client()),), {})
-    with unittest.mock.patch.object(kind, "send", side_effect=lambda *_, **__: token_of(driver)) as send:
+    answer: dict[str, Any] = {"side_effect": lambda *_, **__: token_of(driver), "autospec": autospec}
+    with unittest.mock.patch.object(kind, "send", **answer) as send:
         with kind() as lent:
             assert driver.access_token(driver.door.NexusAuth(*CREDENTIALS, **driver.lend(lent))) == "t"
         assert send.call_count == 1

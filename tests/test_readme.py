@@ -89,9 +89,12 @@ def test_example(
     if "application" in names:
         answered: list[str] = []
         validated: Any = wsgiref.validate.validator(names["application"])
-        body = validated(wsgi_environ(), lambda status, headers, _=None: answered.append(status))
-        assert (list(body), answered) == ([b'{"message": "Successfully processed your request"}'], ["200 OK"])
-        body.close()
+        for content in (b'{"message": "Successfully processed your request"}', b"Nexus does not answer"):
+            body = validated(wsgi_environ(), lambda status, headers, _=None: answered.append(status))
+            assert list(body) == [content]
+            body.close()
+            sandbox.answer("/customer", drop=True)
+        assert answered == ["200 OK", "503 Service Unavailable"]
     for test in [value for name, value in names.items() if name.startswith("test_")]:
         with NexusSandbox() as nexus:
             fixtures = {"nexus": nexus}

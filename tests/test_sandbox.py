@@ -266,6 +266,7 @@ SCRIPTS: dict[str, tuple[list[dict[str, Any]], str, list[int]]] = {
     "the root": ([{"path": ""}], "GET /", [201, 401]),
     "asked as a proxy": ([{}], "GET http://api.example/a?b=c", [201, 401]),
     "for a query": ([{"path": "/a?b=c"}], "GET /a?b=c", [201, 401]),
+    "for a query in braces": ([{"path": "/a?b={c}"}], "GET /a?b={c}", [201, 401]),
     "not for another query": ([{"path": "/a?b=c"}], "GET /a?b=d", [401]),
     "whatever the case of its percent-encoding": ([{"path": "/a%c3%A9"}], "GET /a%C3%a9", [201, 401]),
     "for a method": ([{"method": "post"}], "POST /a", [201, 401]),
@@ -462,9 +463,10 @@ def test_attributes_are_checked_as_arguments_are(nexus: NexusSandbox) -> None:
         wrong = {name: values for name, values in arguments.items() if name in attributes}
         check_refused({kind: wrong}, lambda **one: setattr(nexus, *one.popitem()))
     check_refused({TypeError: {"gate": [False, None]}}, lambda gate: setattr(nexus, "gate", gate))
+    check_refused({TypeError: {"clients": [3, None]}}, lambda clients: setattr(nexus, "clients", clients))
     with pytest.raises(AttributeError, match="a NexusSandbox has no attribute 'expire_in'"):
         nexus.expire_in = 5  # type: ignore[attr-defined]
-    for name in ("client_id", "client_secret", "clients"):
+    for name in ("client_id", "client_secret"):
         with pytest.raises(AttributeError, match=f"^{name} of a NexusSandbox stays as it is"):
             setattr(nexus, name, getattr(nexus, name))
     check_refused({TypeError: {"requests": ["1"], "token_requests": [None]}}, nexus.wait_for)
