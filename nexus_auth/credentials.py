@@ -288,8 +288,9 @@ class Credentials:
         closed_for = self._endpoint.closed_until - now
         if closed_for > max(0.0, attempt.sends_at - now):
             attempt.sends_at = now + Pause.asked_for(closed_for).within(call.deadline - now)
-            because = self._endpoint.closed_because
-            attempt.reason = f"wants no token request for now (Retry-After){because and f'; {because}'}"
+            attempt.reason = "wants no token request for now (Retry-After)"
+            if self._endpoint.closed_because:
+                attempt.reason += f"; {self._endpoint.closed_because}"
         if attempt.sends_at <= now:
             return None
         return Wait(attempt.sends_at, attempt.sends_at, attempt.reason, min(LOOK, attempt.sends_at - now))
