@@ -150,8 +150,12 @@ class BaseAuth(ABC):
 
     def lent(self: A, lent: Any) -> A:
         """Return a copy for whose token requests `lent` is lent: a session or client, or a weak reference to one."""
-        twin = type(self).__new__(type(self))
-        twin.__setstate__({**self.__dict__, "_lent": lent})
+        return self._twin(type(self), _lent=lent)
+
+    def _twin(self, kind: type[A], **changes: Any) -> A:
+        """Return an auth of `kind` with the arguments of this one, but for `changes`."""
+        twin = kind.__new__(kind)
+        twin.__setstate__({**self.__dict__, **changes})
         return twin
 
     @property
@@ -303,13 +307,14 @@ _ARGUMENTS = frozenset(
 
 def own_send(lent: Any) -> Any:
     """Return the `send` that was set on the session or client itself, as mocks do; None if it has only its class's."""
-    send, kind = lent.send, lent.__class__
-    is_autospec = hasattr(send, "mock")  # a function that `unittest.mock.create_autospec` has made
-    if getattr(send, "__func__", None) is kind.send and not is_autospec:
+    send = lent.send
+    if hasattr(send, "mock"):
+        return send  # of `unittest.mock.create_autospec`, for one: it makes functions
+    if getattr(send, "__func__", None) is lent.__class__.send:
         return None  # without `vars`: CPython looks up attributes more slowly once an object's __dict__ was asked for
     # A method of whatever kind has __get__, and a mock has not, be it the lent object or the method of its class.
     is_method = hasattr(inspect.getattr_static(_real_class(lent), "send", None), "__get__")
-    return None if is_method and not is_autospec and "send" not in vars(lent) else send
+    return None if is_method and "send" not in vars(lent) else send
 
 
 def _real_class(thing: object) -> type:
@@ -394,8 +399,9 @@ def _logged(url: object) -> str:
 
 def _check_text(name: str, text: object) -> None:
     if not isinstance(text, str):
-        kind = "bytes" if isinstance(text, bytes) else type(text).__name__  # that of a secret is of a class of ours
-        raise TypeError(f"{name} must be a str, not {text.type_name if isinstance(text, NotText) else kind}")
+        kind = text.type_name if isinstance(text, NotText) else type(text).__name__
+        kind = "bytes" if isinstance(text, bytes) else kind  # those of a secret are of a class of ours
+        raise TypeError(f"{name} must be a str, not {kind}")
     if not text.strip():
         raise ValueError(f"{name} is empty")
     if text.endswith(("\n", "\r")):

@@ -107,10 +107,12 @@ class Credentials:
         self._wall_clock = wall_clock
         self.free_turns()
 
-    @property
-    def _log_fields(self) -> dict[str, object]:
-        """What each record carries for structured logs."""
-        return {"client_id": self.client.client_id, "token_endpoint": self.client.token_endpoint}
+    def _log(self, level: int, message: str, *arguments: object, seconds: float | None = None) -> None:
+        """Log a `message` that begins with the token endpoint, with the fields that structured logs have of it."""
+        fields: dict[str, object] = {"client_id": self.client.client_id, "token_endpoint": self.client.token_endpoint}
+        if seconds is not None:
+            fields["seconds"] = seconds
+        logger.log(level, message, self._name, *arguments, extra=fields, stacklevel=2)
 
     def forget(self) -> None:
         """Know nothing of any token."""
@@ -169,7 +171,7 @@ class Credentials:
         if status_code == 401 and is_judged:
             advice = "Check base_url, and what this client may do."
             message = "%s: the API refuses the new token of client %r too (401). " + advice
-            logger.warning(message, self._name, self.client.client_id, extra=self._log_fields)
+            self._log(logging.WARNING, message, self.client.client_id)
 
     def _change(self, change: Callable[[Known], Known]) -> Known:
         """Replace what is known by what `change` makes of it, once more if another was faster, and return that."""
@@ -346,8 +348,7 @@ class Credentials:
         self._change(lambda known: landed(known, token, call, now, attempt.refused))
         message = "%s: took a token of client %r from the store, for %.0f s"
         seconds = token.expires_at - now
-        fields = {**self._log_fields, "seconds": round(seconds, 3)}
-        logger.debug(message, self._name, self.client.client_id, seconds, extra=fields)
+        self._log(logging.DEBUG, message, self.client.client_id, seconds, seconds=round(seconds, 3))
         if attempt.refused is not None:
             call.renewed = token.access_token  # its replay says whether the renewal of the other has helped
 
@@ -411,20 +412,18 @@ class Credentials:
         if level <= attempt.announced.get(wait.reason, logging.NOTSET):
             return
         attempt.announced[wait.reason] = level
-        fields = {**self._log_fields, "seconds": round(seconds, 3)}
-        logger.log(level, message, self._name, wait.reason, seconds, extra=fields)
+        self._log(level, message, wait.reason, seconds, seconds=round(seconds, 3))
 
     def _land(self, grant: Grant, call: Call, attempt: Attempt, asked_at: float, now: float) -> Token:
         """Keep a new token, and return it."""
         token = Token.granted(grant.access_token, grant.lifetime, asked_at, now)
         self._change(lambda known: landed(known, token, call, now, attempt.refused))
-        fields = {**self._log_fields, "seconds": grant.lifetime}
         message = "%s gave client %r a token for %s s"
-        logger.debug(message, self._name, self.client.client_id, grant.lifetime, extra=fields)
+        self._log(logging.DEBUG, message, self.client.client_id, grant.lifetime, seconds=grant.lifetime)
         if attempt.refused is not None and token.access_token != attempt.refused:
             call.renewed = token.access_token
             message = "%s: renewed the token of client %r after a 401"
-            logger.info(message, self._name, self.client.client_id, extra=self._log_fields)
+            self._log(logging.INFO, message, self.client.client_id)
         return token
 
     def _fail(self, fault: Fault, call: Call, attempt: Attempt, now: float, *, ahead: bool) -> Failure | None:
@@ -433,7 +432,7 @@ class Credentials:
             self._endpoint.close(now + fault.retry_after, OTHERS_COUNT if fault.kind is FaultKind.BUSY else "")
         if ahead:
             message = "%s %s: the token of client %r, which is about to expire, is used on"
-            logger.warning(message, self._name, fault.reason, self.client.client_id, extra=self._log_fields)
+            self._log(logging.WARNING, message, fault.reason, self.client.client_id)
             # It waits for nothing: who would may fare better.
             return self._change(lambda known: failed(known, fault, call, now, budget=0.0)).failure
         if fault.kind is not FaultKind.BUSY:
@@ -449,8 +448,9 @@ class Credentials:
         if pause.least <= left:  # else Retry-After is too long for this caller, which is told so next
             attempt.announced[fault.reason] = logging.WARNING
             seconds = attempt.sends_at - now
-            fields = {**self._log_fields, "seconds": round(seconds, 3)}
-            logger.warning("%s %s: the next try is in %.1f s", self._name, fault.reason, seconds, extra=fields)
+            self._log(
+                logging.WARNING, "%s %s: the next try is in %.1f s", fault.reason, seconds, seconds=round(seconds, 3)
+            )
         return None
 
 

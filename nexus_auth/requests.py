@@ -124,9 +124,9 @@ class NexusAuth(BaseAuth, AuthBase):
             call = Call(self._limits)
             token = self._token(self._obtain(call), request)
             return _Signature(token, self._credentials, self._limits, self._mended, call)
-        # Another one mends: this auth and what it is lent would not be freed at once if its signature held it.
-        mender = object.__new__(NexusAuth)  # not of a subclass, which may be made in another way
-        mender.__setstate__({**self.__dict__})
+        # Another one mends: this auth and what it is lent would not be freed at once if its signature held it. It is of
+        # no subclass, which may be made in another way.
+        mender = self._twin(NexusAuth)
         signature = self._signature = _Signature(token, self._credentials, self._limits, mender._mended)
         return signature
 
@@ -313,7 +313,7 @@ class _Signature:
     An auth makes one for each token, since one for each request would be a third of what it adds to a call.
     """
 
-    __slots__ = ("_call", "_clock", "_credentials", "_fresh_until", "_mended", "_token", "authorization")
+    __slots__ = ("_call", "_credentials", "_fresh_until", "_mended", "_token", "authorization")
 
     def __init__(
         self,
@@ -326,14 +326,13 @@ class _Signature:
         self.authorization = token.authorization
         self._token = token
         self._credentials = credentials
-        self._clock = credentials.clock
         self._fresh_until = token.fresh_until(limits.leeway)
         self._mended = mended
         self._call = call  # the only one that is signed with it, if that was held up for its token
 
     def serves(self) -> bool:
         """Tell whether its token is the one that is known, and is fresh."""
-        return self._token is self._credentials.known.token and self._clock() < self._fresh_until
+        return self._token is self._credentials.known.token and self._credentials.clock() < self._fresh_until
 
     def mend(self, response: requests.Response, **options: Any) -> requests.Response:
         """Return `response`, or what came of sending its request once more after a 401 (a response hook)."""

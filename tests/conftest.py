@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import anyio
 import pytest
+import trustme
 from anyio.from_thread import start_blocking_portal
 from server import Server, closed_port, running_server
 
@@ -446,6 +447,32 @@ def gated() -> Iterator[GatedSandbox]:
     gated = GatedSandbox()
     with gated:
         yield gated
+
+
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def bundle(authority: trustme.CA, tmp_path: Path) -> str:
+    path = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(path))
+    return str(path)
+
+
+@pytest.fixture
+def context(authority: trustme.CA) -> ssl.SSLContext:
+    """The TLS context of a server that `authority` vouches for."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost").configure_cert(context)
+    return context
+
+
+@pytest.fixture
+def secured(context: ssl.SSLContext) -> Iterator[NexusSandbox]:
+    with NexusSandbox(ssl_context=context) as secured:
+        yield secured
 
 
 @pytest.fixture(autouse=True)

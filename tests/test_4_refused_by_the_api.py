@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import BLOCKING, INSTALLED, Driver, Log, Reply, outcome, statuses, url
+from conftest import BLOCKING, INSTALLED, ON_REQUESTS, Driver, Log, Reply, outcome, statuses, url
 from herd import CLIENT, NO_ROUTE, NOW, SILENCE, Herd, a_call, a_token, access_token, limits, response, token, tokens
 
 from nexus_auth.credentials import Credentials
@@ -612,7 +612,7 @@ def test_what_a_call_has_waited_counts_after_a_redirect_too(driver: Driver, sand
     assert len(sandbox.token_requests) == 1
 
 
-@pytest.mark.parametrize("driver", REQUESTS, indirect=True)
+@ON_REQUESTS
 def test_what_a_request_has_waited_is_no_matter_when_it_is_sent_again(driver: Driver, sandbox: NexusSandbox) -> None:
     session = driver.ready_made(sandbox, max_wait=0)
     request = session.prepare_request(driver.library.Request("GET", "/customer"))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BLOCKING, INSTALLED, ON_REQUESTS, Driver, makers, nowhere, outcome, url
+from conftest import BLOCKING, INSTALLED, ON_HTTPX, ON_REQUESTS, Driver, makers, nowhere, outcome, url
 
 import nexus_auth
 from nexus_auth import Environment, NexusAuthError
@@ -127,7 +127,7 @@ def test_a_factory_makes_a_plain_client(driver: Driver, sandbox: NexusSandbox) -
     assert "request_iso8601" not in made.headers
 
 
-@pytest.mark.parametrize("driver", [name for name in INSTALLED if name != "requests"], indirect=True)
+@ON_HTTPX
 def test_what_a_factory_makes_itself_cannot_be_given(driver: Driver, sandbox: NexusSandbox) -> None:
     for option in ("auth", "base_url"):
         with pytest.raises(TypeError, match=f"^{option} cannot be given"):

@@ -12,7 +12,7 @@ import ssl
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -349,32 +349,6 @@ def test_no_proxy_of_the_environment_leads_to_loopback(
     forget_tokens()
     outcome(driver.access_token, driver.auth(sandbox, **driver.lend(driver.client())))
     assert (len(sandbox.token_requests), len(stranger.token_requests)) == (1, 1)
-
-
-@pytest.fixture
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def bundle(authority: trustme.CA, tmp_path: Path) -> str:
-    path = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(str(path))
-    return str(path)
-
-
-@pytest.fixture
-def context(authority: trustme.CA) -> ssl.SSLContext:
-    """The TLS context of a server that `authority` vouches for."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    authority.issue_cert("localhost").configure_cert(context)
-    return context
-
-
-@pytest.fixture
-def secured(context: ssl.SSLContext) -> Iterator[NexusSandbox]:
-    with NexusSandbox(ssl_context=context) as secured:
-        yield secured
 
 
 @pytest.fixture

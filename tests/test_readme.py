@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-import ssl
 import wsgiref.util
 import wsgiref.validate
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 from conftest import Driver
 
 import nexus_auth
@@ -40,27 +38,13 @@ def nexus_logger() -> Iterator[logging.Logger]:
     logger.setLevel(logging.NOTSET)
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-@pytest.fixture
-def private(authority: trustme.CA) -> Iterator[NexusSandbox]:
-    """A sandbox with a certificate of a private authority."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost").configure_cert(context)
-    with NexusSandbox(client_id="private", client_secret="private-secret", ssl_context=context) as nexus:
-        yield nexus
-
-
 @pytest.mark.usefixtures("in_variables", "nexus_logger", "quick_retries")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.strip().splitlines()[-1][:30])
 def test_example(
     example: str,
     sandbox: NexusSandbox,
-    private: NexusSandbox,
-    authority: trustme.CA,
+    secured: NexusSandbox,
+    bundle: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -70,18 +54,17 @@ def test_example(
     monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)
     monkeypatch.delenv("CURL_CA_BUNDLE", raising=False)
     sandbox.answer("/customer", json={"message": "Successfully processed your request"}, times=None)
-    authority.cert_pem.write_to_path(tmp_path / "private-ca.pem")
     names: dict[str, Any] = {
         "client_id": sandbox.client_id,
         "client_secret": sandbox.client_secret,
         "environment": sandbox.environment,
         "pytest": pytest,
         "store": tmp_path / "store",
-        "private": private.environment,
-        "private_ca": str(tmp_path / "private-ca.pem"),
+        "private": secured.environment,
+        "private_ca": bundle,
     }
     if "private" in example:
-        names |= {"client_id": private.client_id, "client_secret": private.client_secret}
+        names |= {"client_id": secured.client_id, "client_secret": secured.client_secret}
     source = example.replace('"test"', "environment")
     source = source.replace("https://testidentity.quantoz.com/connect/token", sandbox.environment.token_endpoint)
     source = source.replace("https://testapi.quantoz.com", sandbox.environment.base_url)
